@@ -221,10 +221,10 @@ class Envs:
     checkpoint needs to hold of an environment. Observations (E, D) are standardised and end with the time feature.
     """
 
-    def __init__(self, args, num_envs, stream, obs_stats=None, render_mode=None):
+    def __init__(self, args, num_envs, stream, obs_stats=None, **make_flags):
         gym.logger.min_level = gym.logger.ERROR  # no advice to move on from v4
         try:
-            self.envs = [gym.make(args.env_id, disable_env_checker=True, render_mode=render_mode) for _ in range(num_envs)]
+            self.envs = [gym.make(args.env_id, disable_env_checker=True, **make_flags) for _ in range(num_envs)]
         except Exception as error:  # whatever a task's constructor raises, the user's mistake is --env-id
             fail(f"--env-id {args.env_id} cannot be made: {error}")
         obs_space, action_space = self.envs[0].observation_space, self.envs[0].action_space

@@ -1,0 +1,149 @@
+"""Whole runs of the training scripts."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import final_weights, read_scalars, same_scalars, same_weights
+
+SCRIPTS = ("ppo_mujoco",)
+
+TAGS = {
+    *(f"charts/{name}" for name in ("learning_rate", "SPS")),
+    *(f"losses/{name}" for name in ("policy_loss", "value_loss", "entropy", "pfo_loss", "approx_kl", "old_approx_kl")),
+    *(f"losses/{name}" for name in ("clipfrac", "policy_objective_last_minibatch", "explained_variance")),
+    *(f"losses/{name}" for name in ("actor_grad_norm", "critic_grad_norm")),
+    *(
+        f"representation/{network}/{name}"
+        for network in ("actor", "critic")
+        for name in ("pca_rank", "effective_rank", "srank", "feature_rank", "torch_rank")
+        + ("dead_neurons", "preactivation_norm", "feature_norm", "weight_norm")
+    ),
+    *(f"trust_region/{name}" for name in ("ratio_mean_above", "ratio_mean_below", "ratio_excess", "ratio_max", "ratio_min")),
+    *(f"trust_region/{name}" for name in ("frac_above", "frac_below", "kl", "preactivation_drift")),
+    "policy/variance",
+    "policy/entropy",
+}
+CAPACITY_TAGS = {f"capacity/{name}{last}" for name in ("actor", "critic") for last in ("", "_last_minibatch")}
+
+INTERVENTIONS = (
+    "",
+    "--pfo-coef 1",
+    "--pfo-coef 1 --pfo-layers all --pfo-reduction sum",
+    "--share-trunk",
+    "--reset-adam",
+    "--adam-beta1 0.9 --adam-beta2 0.9",
+    "--reward-keep-prob 0.1",
+    "--anneal-lr --target-kl 0.01 --ent-coef 0.01 --time-limit bootstrap",
+)
+
+
+@pytest.mark.parametrize("flags", INTERVENTIONS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_tag_is_written_whatever_is_switched_on(run, script, flags):
+    run_dir = run(script, flags)
+    args = json.loads((run_dir / "args.json").read_text())
+    batch_size = args["num_envs"] * args["num_steps"]
+    scalars = read_scalars(run_dir)
+    assert scalars.keys() - {"charts/episodic_return", "charts/episodic_length"} == TAGS | CAPACITY_TAGS
+    last = args["total_timesteps"]
+    log_steps = list(range(batch_size, last + 1, batch_size))
+    capacity_steps = [0, last // 4, last // 2, 3 * last // 4, last]
+    for tag, points in scalars.items():
+        steps = [step for step, _ in points]
+        if tag in CAPACITY_TAGS:
+            assert steps == capacity_steps, tag
+        elif tag in TAGS:
+            assert steps == log_steps, tag
+        assert not any(math.isinf(value) for _, value in points), tag
+    assert sorted(int(path.stem) for path in (run_dir / "checkpoints").iterdir()) == capacity_steps
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_same_seed_gives_the_same_run_and_another_does_not(run, script):
+    first, second, other = run(script, name="a"), run(script, name="b"), run(script, "--seed 2", name="c")
+    assert same_scalars(first, second) and same_weights(first, second)
+    assert not same_weights(first, other)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_measuring_does_not_change_training(run, script):
+    measured = run(script, name="a")
+    unmeasured = run(script, "--capacity-interval 0 --log-interval 0 --checkpoint-interval 0 --snapshot-interval 1", name="b")
+    assert same_weights(measured, unmeasured)
+    assert not read_scalars(unmeasured)
+    without_capacity = run(script, "--capacity-interval 0", name="c")
+    assert same_scalars(measured, without_capacity, "capacity")
+    other_data = run(script, "--capacity-data initial", name="d")
+    assert same_scalars(measured, other_data, "capacity") and not same_scalars(measured, other_data)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interventions_change_training_and_only_if_they_are_on(run, script):
+    baseline = run(script, name="baseline")
+    for i, flags in enumerate(INTERVENTIONS[1:]):
+        if flags != "--reward-keep-prob 0.1":  # in so short a run there may be no reward to drop
+            assert not same_weights(baseline, run(script, flags, name=f"on{i}")), flags
+    for i, flags in enumerate(("--pfo-layers all", "--pfo-reduction sum", "--reward-keep-prob 1", "--target-kl 1e9")):
+        assert same_weights(baseline, run(script, flags, name=f"off{i}")), flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compiled_and_eager_agree(run, script):
+    eager, compiled = (
+        run(script, "--capacity-interval 0", name="eager"),
+        run(script, "--capacity-interval 0 --compile", name="compiled"),
+    )
+    eager, compiled = read_scalars(eager), read_scalars(compiled)
+    assert eager.keys() == compiled.keys()
+    for tag in eager.keys() - {"charts/SPS"}:
+        for (_, a), (_, b) in list(zip(eager[tag], compiled[tag]))[:2]:
+            assert a == pytest.approx(b, rel=2e-3, abs=1e-5, nan_ok=True), tag
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_checkpoints_hold_tensors_and_plain_values(run, script):
+    run_dir = run(script)
+    for path in (*run_dir.glob("checkpoints/*.pt"), run_dir / "latest.pt"):
+        state = torch.load(path, weights_only=True)
+        assert state["script"] == script and state["args"] == json.loads((run_dir / "args.json").read_text())
+        assert state["global_step"] == state["iteration"] * state["args"]["num_envs"] * state["args"]["num_steps"]
+        assert {"agent", "optimizer"} <= state.keys()
+    assert "obs_mean" in torch.load(run_dir / "checkpoints" / "0.pt", weights_only=True) or script != "ppo_mujoco"
+
+
+def test_ppo_solves_a_task_that_needs_the_observation(run):
+    flags = "--env-id probe_envs:Target-v0 --total-timesteps 8192 --num-steps 128 --update-epochs 10 --learning-rate 1e-3"
+    scalars = read_scalars(run("ppo_mujoco", flags + " --capacity-interval 0"))
+    assert scalars["charts/episodic_return"][0][1] < -0.3
+    assert scalars["charts/episodic_return"][-1][1] > -0.1  # -0.25 - variance is what a blind policy gets
+    assert scalars["charts/episodic_length"][-1][1] == 1
+
+
+@pytest.mark.parametrize("limit, low, high", [("terminate", 2.5, 5.0), ("bootstrap", 7.0, 11.0)])
+def test_the_time_limit_ends_the_return_or_not(run, limit, low, high):
+    """Reward 1 for 10 steps, gamma 0.9: the mean of (1 - 0.9^n) / 0.1 over n = 1 ... 10 is 4.1; without an end it is 10."""
+    flags = f"--env-id probe_envs:Clock-v0 --time-limit {limit} --gamma 0.9 --total-timesteps 16384 --num-steps 128 "
+    run_dir = run("ppo_mujoco", flags + "--update-epochs 10 --learning-rate 1e-2 --capacity-interval 0")
+    weights = final_weights(run_dir)
+    import ppo_mujoco
+
+    agent = ppo_mujoco.Agent(3, 1, ppo_mujoco.Args())
+    agent.load_state_dict(weights)
+    times = torch.linspace(-1, 0.8, 10)
+    with torch.no_grad():
+        values = agent(torch.stack([torch.zeros(10), torch.zeros(10), times], 1))[1]
+    assert low < values.mean() < high
+    if limit == "terminate":
+        expected = (1 - 0.9 ** torch.arange(10, 0, -1)) / 0.1
+        torch.testing.assert_close(values, expected, atol=0.7, rtol=0)
+
+
+def test_a_masked_reward_is_not_learned_but_logged(run):
+    flags = "--env-id probe_envs:Clock-v0 --reward-keep-prob 0 --total-timesteps 4096 --num-steps 128 --capacity-interval 0"
+    run_dir = run("ppo_mujoco", flags)
+    scalars = read_scalars(run_dir)
+    assert scalars["charts/episodic_return"][-1][1] == 10  # raw
+    assert scalars["losses/value_loss"][-1][1] < 0.02  # nothing to predict
