@@ -851,7 +851,7 @@ def main():
     torch.backends.cudnn.deterministic = True
     envs = Envs(args, args.num_envs, stream=0)
     obs_stats = (envs.obs_mean, envs.obs_std)
-    torch.manual_seed(args.seed + 2**32)  # beyond every --seed: the target is nobody's initial agent
+    torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
     target = Agent(envs.obs_dim, envs.action_dim, args).to(device)
     torch.manual_seed(args.seed)
     agent = Agent(envs.obs_dim, envs.action_dim, args).to(device)
