@@ -241,10 +241,11 @@ class Envs:
         self.raw_obs = np.zeros((num_envs, obs_space.shape[0]))
         self.seeds, self.actions, self.returns = [0] * num_envs, [[] for _ in range(num_envs)], [0.0] * num_envs
         self.finished = []  # (return, length) of the episodes that ended since the last log
-        self.obs_mean, self.obs_std = obs_stats or self.random_stats(args.obs_norm_steps)
+        self.obs_stats = obs_stats or self.random_stats(args.obs_norm_steps)
+        self.obs_mean, self.obs_std = self.obs_stats["mean"].numpy(), self.obs_stats["std"].numpy()
 
     def random_stats(self, num_steps):
-        """Mean and standard deviation (D,) of the observations of `num_steps` uniform-random steps; constant ones get 1."""
+        """mean and std (D,) of the observations of `num_steps` uniform-random steps; std is 1 where they are constant."""
         env, observations = self.envs[0], []
         obs, _ = env.reset(seed=int(self.rng.integers(2**31)))
         for _ in range(num_steps):
@@ -253,7 +254,7 @@ class Envs:
             if terminated or truncated:
                 obs, _ = env.reset(seed=int(self.rng.integers(2**31)))
         mean, std = np.mean(observations, 0), np.std(observations, 0)
-        return mean, np.where(std < 1e-6, 1.0, std)
+        return {"mean": torch.from_numpy(mean), "std": torch.from_numpy(np.where(std < 1e-6, 1.0, std))}
 
     def start(self, i, seed):
         """Begin an episode of environment i."""
@@ -303,28 +304,27 @@ class Envs:
 
     def collect(self, agent, num_steps, seed):
         """States that the agent's sampled actions lead to from a reset, and the index (num_steps,) that picks them."""
-        act, generator = agent.numpy_actor(), np.random.default_rng(seed)
-        states, next_obs = [], self.reset()
-        while len(states) * len(self.envs) < num_steps:
+        act, states, next_obs = agent.numpy_actor(), [], self.reset()
+        generator = torch.Generator().manual_seed(seed)
+        for noise in agent.noise(-(-num_steps // len(self.envs)), len(self.envs), generator):
             states.append(next_obs)
-            noise = generator.standard_normal((len(self.envs), self.action_dim), np.float32)
             next_obs, *_ = self.step(act(next_obs, noise))
         return torch.from_numpy(np.concatenate(states)[:num_steps]), torch.arange(num_steps)
 
-    def video(self, agent, path):
+    def video(self, agent, path, seed):
         """Write one episode of environment 0, or its first 5,000 steps, as an mp4."""
         act, frames, obs = agent.numpy_actor(), [], self.reset()
-        while not self.finished and len(frames) < 5000:
+        for noise in agent.noise(self.limit or 5000, 1, torch.Generator().manual_seed(seed)):
             frames.append(self.envs[0].render())
-            obs, *_ = self.step(act(obs, self.rng.standard_normal((1, self.action_dim), np.float32)))
+            obs, *_ = self.step(act(obs, noise))
+            if self.finished:
+                break
         self.finished.clear()
         path.parent.mkdir(exist_ok=True)
         imageio.mimwrite(path, frames, fps=self.envs[0].metadata["render_fps"])
 
     def state_dict(self):
         return {
-            "obs_mean": torch.from_numpy(self.obs_mean),
-            "obs_std": torch.from_numpy(self.obs_std),
             "rng": self.rng.bit_generator.state,
             "seeds": list(self.seeds),
             "actions": [torch.from_numpy(np.array(actions, np.float32)) for actions in self.actions],
@@ -334,7 +334,6 @@ class Envs:
 
     def load_state_dict(self, state):
         """Bring every environment back by playing its episode again."""
-        self.obs_mean, self.obs_std = state["obs_mean"].numpy(), state["obs_std"].numpy()
         for i, (seed, actions) in enumerate(zip(state["seeds"], state["actions"])):
             self.start(i, seed)
             for action in actions.numpy():
@@ -363,7 +362,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        width, self.policy_std = args.width, args.policy_std
+        width, self.action_dim, self.policy_std = args.width, action_dim, args.policy_std
         self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
         self.squash = args.policy == "tanh_normal"
         # tanh(u) clamped to 1 - 1e-6, as the authors' code does before it scores an action
@@ -392,9 +391,13 @@ class Agent(nn.Module):
         values = self.critic_head(self.activation(critic_outputs[-1])).squeeze(-1)
         return policy, values, actor_outputs, critic_outputs
 
+    def noise(self, num_steps, num_envs, generator=None):
+        """(T, E, A) standard normal numbers, what `numpy_actor` needs to sample."""
+        return torch.randn(num_steps, num_envs, self.action_dim, generator=generator).numpy()
+
     def numpy_actor(self):
-        """The actor in NumPy, (obs, standard normal noise) -> actions: for two states four times faster than torch, which
-        makes the whole run about a tenth faster."""
+        """The actor in NumPy, (obs (E, D), noise (E, A)) -> actions (E, A): for two states four times faster than torch,
+        which makes the whole run about a tenth faster."""
         first, last, head = (
             (layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy())
             for layer in (self.actor_trunk[0], self.actor_trunk[2], self.actor_head)
@@ -782,8 +785,7 @@ def snapshot(args, iteration, global_step, agent, optimizer, envs):
         "global_step": global_step,
         "agent": agent.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "obs_mean": torch.from_numpy(envs.obs_mean),
-        "obs_std": torch.from_numpy(envs.obs_std),
+        "obs_stats": envs.obs_stats,
     }
 
 
@@ -849,8 +851,7 @@ def main():
     np.random.seed(args.seed)
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = True
-    envs = Envs(args, args.num_envs, stream=0)
-    obs_stats = (envs.obs_mean, envs.obs_std)
+    envs = Envs(args, args.num_envs, stream=0, obs_stats=saved and saved["obs_stats"])
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
     target = Agent(envs.obs_dim, envs.action_dim, args).to(device)
     torch.manual_seed(args.seed)
@@ -864,12 +865,12 @@ def main():
         torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
         gradient = torch.compile(ppo_gradient, fullgraph=True)
     if args.capacity_interval:
-        capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=obs_stats)
+        capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
         collector = target if args.capacity_data == "target" else agent
-        states = capacity_envs.collect(collector, args.capacity_steps, seed=[args.seed, 3])
+        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
         capacity_data = capacity_target(target, *states)
     if args.capture_video:
-        video_envs = Envs(args, 1, stream=4, obs_stats=obs_stats, render_mode="rgb_array")
+        video_envs = Envs(args, 1, stream=4, obs_stats=envs.obs_stats, render_mode="rgb_array")
         try:
             video_envs.reset()
             video_envs.envs[0].render()
@@ -931,7 +932,7 @@ def main():
     for iteration in range(first_iteration + 1, num_iterations + 1):
         # Rollout: with the actor alone; values and log-probabilities of the whole batch come from one forward afterwards
         act = agent.numpy_actor()
-        noise = torch.randn(args.num_steps, args.num_envs, envs.action_dim).numpy()
+        noise = agent.noise(args.num_steps, args.num_envs)
         final_obs = []
         for step in range(args.num_steps):
             obs[step] = next_obs
@@ -1072,7 +1073,7 @@ def main():
                 if time.monotonic() - failing_since >= args.save_patience or iteration == num_iterations:
                     fail(f"step {global_step}: {run_dir} could not be written ({error.strerror}), the run stops", code=1)
         if keep and args.capture_video:
-            video_envs.video(agent, run_dir / "videos" / f"{global_step}.mp4")
+            video_envs.video(agent, run_dir / "videos" / f"{global_step}.mp4", seed=args.seed)
         watch.lap("checkpoint")
         if broken:
             fail(

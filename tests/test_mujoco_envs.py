@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import ppo_mujoco as script
 
@@ -62,8 +63,8 @@ def test_the_time_feature_runs_from_minus_1_to_1():
 
 
 def test_final_observations_and_statistics_of_every_episode():
-    mean, std = np.zeros(2), np.ones(2)
-    envs = make_envs("probe_envs:Counter-v0", obs_stats=(mean, std))
+    obs_stats = {"mean": torch.zeros(2), "std": torch.ones(2)}
+    envs = make_envs("probe_envs:Counter-v0", obs_stats=obs_stats)
     envs.reset()
     for step, actions in enumerate(random_actions(envs, 17), start=1):
         obs, rewards, terminations, truncations, final_obs = envs.step(actions)
@@ -88,7 +89,8 @@ def test_actions_reach_the_task_within_its_bounds():
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4"])
 def test_replayed_episodes_go_on_bit_for_bit(env_id):
-    envs, other = make_envs(env_id), make_envs(env_id, seed=5)
+    envs = make_envs(env_id)
+    other = make_envs(env_id, seed=5, obs_stats=envs.obs_stats)
     envs.reset()
     actions = random_actions(envs, 60)
     for step in range(40):
