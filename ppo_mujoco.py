@@ -24,6 +24,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -188,6 +189,8 @@ class Args:
             fail(f"--run-name {self.run_name} must be the name of a folder, not a path (--runs-dir says where it lies)")
         if self.resume and not self.run_name:
             fail("--resume needs the --run-name of the run to go on with")
+        if self.track and find_spec("wandb") is None:
+            fail("--track needs Weights & Biases: pip install wandb")
 
 
 def fail(message, code=2):
@@ -727,6 +730,28 @@ class Stopwatch(dict):
         self.last = now
 
 
+def open_run(run_dir, args):
+    """Make the run's folder with args.json in it. Returns the open lock file that keeps other processes out of the run."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    except BlockingIOError:
+        fail(f"another process is at work on {run_dir}")
+    except OSError as error:
+        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
+    return lock
+
+
+def start_tracking(args):
+    """A Weights & Biases run that goes on if the run does."""
+    import wandb
+
+    name, entity = args.run_name, args.wandb_entity or None
+    return wandb.init(project=args.wandb_project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
+
+
 def save(state, path):
     """Write `state` (tensors and plain values) to `path` at once or not at all. Raises OSError."""
     buffer = io.BytesIO()
@@ -824,6 +849,27 @@ def catch_signals():
     return received
 
 
+def print_summary(run_dir, first_scalars, last_scalars, seconds):
+    """The diagnostics at the start and at the end of the run, and where the time went."""
+    print(f"{run_dir}\n{'':40}{'first':>12}{'last':>12}")
+    for tag in (
+        "charts/episodic_return",
+        "representation/actor/pca_rank",
+        "representation/actor/dead_neurons",
+        "representation/actor/preactivation_norm",
+        "representation/critic/pca_rank",
+        "trust_region/ratio_mean_above",
+        "trust_region/ratio_mean_below",
+        "policy/entropy",
+        "policy/variance",
+        "capacity/actor",
+        "capacity/critic",
+    ):
+        print(f"{tag:40}{first_scalars.get(tag, math.nan):12.4g}{last_scalars.get(tag, math.nan):12.4g}")
+    if seconds:
+        print("time: " + ", ".join(f"{name} {part / sum(seconds.values()):.1%}" for name, part in seconds.items()))
+
+
 def main():
     # Setup
     args = parse_args(Args)
@@ -834,7 +880,8 @@ def main():
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} exists: choose another --run-name, or --resume to go on with it")
     batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
+    steps_per_iteration = batch_size
+    num_iterations = args.total_timesteps // steps_per_iteration
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     versions["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -876,33 +923,10 @@ def main():
             video_envs.envs[0].render()
         except Exception as error:
             fail(f"--capture-video cannot draw {args.env_id} ({error}); without a screen try MUJOCO_GL=egl or osmesa")
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights & Biases: pip install wandb")
-
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        if args.snapshot_interval and not saved:
-            save(snapshot(args, 0, 0, agent, optimizer, envs), run_dir / "checkpoints" / "0.pt")
-    except BlockingIOError:
-        fail(f"another process is at work on {run_dir}")
-    except OSError as error:
-        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
-    if args.track:
-        wandb.init(
-            project=args.wandb_project,
-            entity=args.wandb_entity or None,
-            name=args.run_name,
-            id=args.run_name.replace("/", "-"),
-            resume="allow",
-            config=asdict(args),
-        )
-
+    lock = open_run(run_dir, args)
+    if args.snapshot_interval and not saved:
+        save(snapshot(args, 0, 0, agent, optimizer, envs), run_dir / "checkpoints" / "0.pt")
+    tracker = start_tracking(args) if args.track else None
     first_iteration, global_step, first_scalars, last_scalars = 0, 0, {}, {}
     next_obs = envs.reset()
     log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}", size=saved["log_size"] if saved else 0)
@@ -926,9 +950,11 @@ def main():
     stop_signals = catch_signals()
     nonfinite_said, failing_since = set(), None
     loss_names = ("policy_loss", "value_loss", "pfo_loss", "actor_grad_norm", "critic_grad_norm")
-    log_time, log_step = time.perf_counter(), global_step
+    log_time, log_iteration = time.perf_counter(), first_iteration
     watch = Stopwatch(synchronize=args.profile and device.type == "cuda")
-    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit=" steps", mininterval=1, dynamic_ncols=True)
+    bar = tqdm(
+        total=num_iterations * steps_per_iteration, initial=global_step, unit=" steps", mininterval=1, dynamic_ncols=True
+    )
     for iteration in range(first_iteration + 1, num_iterations + 1):
         # Rollout: with the actor alone; values and log-probabilities of the whole batch come from one forward afterwards
         act = agent.numpy_actor()
@@ -941,7 +967,7 @@ def main():
             next_obs, rewards[step], terminations[step], truncations[step], ended = envs.step(actions[step])
             final_obs += ended
             watch.lap("environment")
-        global_step += batch_size
+        global_step += steps_per_iteration
         if args.reward_keep_prob < 1:
             rewards *= mask_rng.random(rewards.shape) < args.reward_keep_prob
         b_obs = torch.from_numpy(obs).flatten(0, 1).to(device)
@@ -1026,7 +1052,7 @@ def main():
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(envs.finished, 0).tolist()
                 envs.finished.clear()
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            scalars["charts/SPS"] = (global_step - log_step) / (time.perf_counter() - log_time)
+            scalars["charts/SPS"] = (iteration - log_iteration) * batch_size / (time.perf_counter() - log_time)
             scalars |= {f"losses/{name}": mean for name, mean in zip(loss_names, losses.mean(0).tolist())}
             logratio, policies, taken = outputs
             scalars["losses/entropy"] = agent.entropy(policies, taken).mean().item()
@@ -1034,11 +1060,11 @@ def main():
             scalars["losses/clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean().item()
             scalars["losses/policy_objective_last_minibatch"] = -losses[-1, 0].item()
             scalars["losses/explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
-            log_time, log_step = time.perf_counter(), global_step
+            log_time, log_iteration = time.perf_counter(), iteration
         if scalars:
             log.add(scalars, global_step)
-            if args.track:
-                wandb.log(scalars, step=global_step)
+            if tracker:
+                tracker.log(scalars, step=global_step)
             first_scalars, last_scalars = scalars | first_scalars, last_scalars | scalars
             bar.set_postfix_str(
                 f"return {last_scalars.get('charts/episodic_return', math.nan):.0f}, "
@@ -1046,7 +1072,7 @@ def main():
                 f"dead {last_scalars.get('representation/actor/dead_neurons', math.nan):.0f}",
                 refresh=False,
             )
-        bar.update(batch_size)
+        bar.update(steps_per_iteration)
         watch.lap("logging")
 
         # Checkpoint
@@ -1085,23 +1111,8 @@ def main():
             raise SystemExit(128 + stop_signals[0])
 
     bar.close()
-    print(f"{run_dir}: {global_step} steps\n{'':40}{'first':>12}{'last':>12}")
-    for tag in (
-        "charts/episodic_return",
-        "representation/actor/pca_rank",
-        "representation/actor/dead_neurons",
-        "representation/actor/preactivation_norm",
-        "representation/critic/pca_rank",
-        "trust_region/ratio_mean_above",
-        "trust_region/ratio_mean_below",
-        "policy/entropy",
-        "policy/variance",
-        "capacity/actor",
-        "capacity/critic",
-    ):
-        print(f"{tag:40}{first_scalars.get(tag, math.nan):12.4g}{last_scalars.get(tag, math.nan):12.4g}")
-    if args.profile:
-        print("time: " + ", ".join(f"{name} {seconds / sum(watch.values()):.1%}" for name, seconds in watch.items()))
+    lock.close()
+    print_summary(run_dir, first_scalars, last_scalars, watch if args.profile else {})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1267 @@
+"""The smallest places to see PPO's trust region break, after "No Representation, No Trust" (arXiv 2405.00662).
+
+    python ppo_toy.py                       # section 3.2.1, Figure 5: two states with collinear features
+    python ppo_toy.py --states 16           # the same with many states: ratios against the rank of the features
+    python ppo_toy.py train                 # a complete PPO with every diagnostic and intervention on CartPole-v1
+    python ppo_toy.py train --pfo-coef 1    # the same with Proximal Feature Optimization, equation 2
+
+`train` is ppo_mujoco.py for discrete actions on small tasks: no observation statistics, no time in the observation.
+"""
+
+import contextlib
+import copy
+import fcntl
+import io
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+
+@dataclass
+class ToyArgs:
+    """The two-state toy of section 3.2.1 (Figure 5), or with --states its generalisation to many states and ranks."""
+
+    alpha: tuple[float, ...] = (3.0, -1.0)
+    """phi(y) = alpha phi(x); several values give several panels"""
+    theta: tuple[float, float] | None = None
+    """start of theta_1 theta_2, whose logits are theta_i phi(s); None: standard normal"""
+    phi: float | None = None
+    """phi(x); None: standard normal"""
+    seed: int = 1
+    """seed of what is drawn; the generalised toy counts up from it"""
+    learning_rate: float | None = None
+    """SGD's learning rate; None: 1.5 (Table 1) for two states, 0.05 for many"""
+    clip_coef: float = 0.1
+    """epsilon of PPO-Clip (Table 1)"""
+    epochs: int = 10
+    """passes over the states, one state per step (Table 1: 10)"""
+    states: int = 0
+    """states of the generalised toy; 0: the two-state toy"""
+    dim: int = 16
+    """dimensions of its features"""
+    actions: int = 4
+    """actions of its policy"""
+    features_rank: tuple[int, ...] = ()
+    """ranks of its features; none given: 1 to --dim"""
+    num_seeds: int = 30
+    """repetitions that its plot averages over"""
+    learn_features: bool = False
+    """learn the features too, and add PFO and a full-rank control to the plot"""
+    pfo_coef: float = 1.0
+    """coefficient of PFO in that comparison"""
+    runs_dir: str = "runs"
+    """folder that holds the runs"""
+    run_name: str = ""
+    """the run's folder within --runs-dir; empty: toy, script, seed and time"""
+
+    def check(self):
+        """Exit with one line if a value makes no sense."""
+        numbers = (*self.alpha, *(self.theta or ()), self.phi or 0.0, self.learning_rate or 0.0, self.clip_coef, self.pfo_coef)
+        if not all(math.isfinite(x) for x in numbers):
+            fail("--alpha, --theta, --phi, --learning-rate, --clip-coef and --pfo-coef must be finite numbers")
+        if not self.alpha:
+            fail("--alpha needs at least one value")
+        if self.learning_rate is None:
+            self.learning_rate = 0.05 if self.states else 1.5
+        for name in ("learning_rate", "clip_coef"):
+            if getattr(self, name) <= 0:
+                fail(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be greater than 0")
+        for name in ("seed", "states", "pfo_coef"):
+            if getattr(self, name) < 0:
+                fail(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or greater")
+        for name, least in (("epochs", 1), ("dim", 1), ("actions", 2), ("num_seeds", 2)):
+            if getattr(self, name) < least:
+                fail(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {least} or greater")
+        if (self.features_rank or self.learn_features) and not self.states:
+            fail("--features-rank and --learn-features belong to the generalised toy: give --states, 16 for example")
+        if self.states and self.states < self.dim:
+            fail(f"--states {self.states} is less than --dim {self.dim}: features of rank {self.dim} need as many states")
+        if any(not 1 <= rank <= self.dim for rank in self.features_rank):
+            fail(f"--features-rank {self.features_rank}: every rank must be from 1 to --dim {self.dim}")
+        if Path(self.run_name).name != self.run_name or self.run_name == "..":
+            fail(f"--run-name {self.run_name} must be the name of a folder, not a path (--runs-dir says where it lies)")
+
+
+def fail(message, code=2):
+    """Say on one line of stderr what is wrong and exit with `code`."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def say(message):
+    """A line on stderr that leaves the progress bar whole."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+
+def parse_args(cls):
+    """The command line as an instance of the dataclass `cls`; tyro's box around an error becomes one line."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(cls)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    box = (line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│"))
+    fail(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) + " (--help lists every flag)")
+
+
+def pfo_loss(preactivations, old_preactivations):
+    """Proximal Feature Optimization (equation 2): mean squared change of the preactivations (B, K), a scalar. The mean over
+    K, where the equation has a sum, is what the published coefficients belong to."""
+    return (preactivations - old_preactivations).square().mean()
+
+
+@torch.no_grad()
+def ratio_stats(logratio, clip_coef):
+    """How far the probability ratios leave the clipping limits (sections 3.2 and 4): a dict of floats.
+
+    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `ratio_mean_below` are means over
+    the samples beyond the limits, `ratio_excess` their quotient; NaN where there is no such sample. Ratios are clamped to
+    [1e-12, 1e12], in float64, so that a diverged policy still gives a number.
+    """
+    ratio = logratio.double().exp().clamp(1e-12, 1e12)
+    above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
+    mean_above, mean_below = ratio[above].mean().item(), ratio[below].mean().item()
+    return {
+        "ratio_mean_above": mean_above,
+        "ratio_mean_below": mean_below,
+        "ratio_excess": mean_above / mean_below,
+        "ratio_max": ratio.max().item(),
+        "ratio_min": ratio.min().item(),
+        "frac_above": above.double().mean().item(),
+        "frac_below": below.double().mean().item(),
+    }
+
+
+class EventLog:
+    """A TensorBoard event file that can be cut back to an earlier `size` in bytes, which is how a resumed run writes no
+    point twice; what could not be written (a full disk) stays in `pending` for the next flush."""
+
+    def __init__(self, path, size=0):
+        self.path, self.size = path, size
+        self.pending = [] if size else [Event(wall_time=time.time(), file_version="brain.Event:2")]
+
+    def add(self, scalars, step):
+        """Keep the dict `scalars` at `step` for the next flush. Numbers that are not finite are written as NaN."""
+        values = [
+            Summary.Value(tag=tag, simple_value=value if math.isfinite(value) else math.nan) for tag, value in scalars.items()
+        ]
+        self.pending.append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def flush(self):
+        """Write what is pending behind the first `size` bytes. Raises OSError, and then loses nothing."""
+        with open(self.path, "r+b" if self.size else "wb") as file:
+            file.truncate(self.size)
+            file.seek(self.size)
+            for event in self.pending:
+                RecordWriter(file).write(event.SerializeToString())
+            file.flush()
+            self.size, self.pending = file.tell(), []
+
+
+def open_run(run_dir, args):
+    """Make the run's folder with args.json in it. Returns the open lock file that keeps other processes out of the run."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    except BlockingIOError:
+        fail(f"another process is at work on {run_dir}")
+    except OSError as error:
+        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
+    return lock
+
+
+def simulate(inputs, trunk, head, actions, advantages, order, args, pfo_coef=0.0, learn_features=False):
+    """PPO-Clip with SGD, one state per step, as in Appendix C.
+
+    inputs (n, i), trunk (i, d), head (d, k): the features are inputs @ trunk, the logits features @ head. State s has one
+    sampled action `actions[s]` with `advantages[s]`; `order` (T,) is the state of each step. Only the head is learned, the
+    trunk too with `learn_features`. Returns the ratios before each step and after the last (T + 1, n), and for each step
+    whether its sample was clipped, so that it gave no gradient (T,).
+    """
+    head = head.clone().requires_grad_()
+    trunk = trunk.clone().requires_grad_(learn_features)
+    optimizer = torch.optim.SGD([head, trunk] if learn_features else [head], args.learning_rate)
+    states = torch.arange(len(inputs))
+    ratios, clipped = [], []
+    for step, s in enumerate(order):
+        features = inputs @ trunk
+        logprobs = (features @ head).log_softmax(-1)[states, actions]
+        if step == 0:
+            old_features, old_logprobs = features.detach(), logprobs.detach()
+        ratio = (logprobs - old_logprobs).exp()
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        ratios.append(ratio.detach())
+        clipped.append(bool(clipped_ratio[s] * advantages[s] < ratio[s] * advantages[s]))
+        loss = -torch.min(ratio[s] * advantages[s], clipped_ratio[s] * advantages[s])
+        if pfo_coef:
+            loss = loss + pfo_coef * pfo_loss(features[s : s + 1], old_features[s : s + 1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        logprobs = (inputs @ trunk @ head).log_softmax(-1)[states, actions]
+        ratios.append((logprobs - old_logprobs).exp())
+    return torch.stack(ratios), clipped
+
+
+def two_states(args, alpha, phi, theta):
+    """Figure 5: states x and y with features phi and alpha phi, logits theta_i phi(s), action a1 with advantage 1, x on
+    even steps and y on odd ones. Returns what `simulate` returns."""
+    features = torch.tensor([[phi], [alpha * phi]], dtype=torch.float64)
+    head = torch.tensor([theta], dtype=torch.float64)
+    order = [0, 1] * args.epochs
+    return simulate(features, torch.eye(1, dtype=torch.float64), head, [0, 0], torch.ones(2), order, args)
+
+
+def many_states(args, rank, seed, pfo_coef=0.0, learn_features=False):
+    """The ratios (n,) of n states after all epochs, when their d-dimensional features have the given rank.
+
+    The features are the first `rank` columns of a random orthogonal matrix, scaled to a mean squared norm of 1: orthonormal
+    if the rank is n, collinear if it is 1. Each state has an action sampled from the policy and a standard normal advantage.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, dim = args.states, args.dim
+    inputs, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    trunk = torch.diag((torch.arange(dim) < rank).double() * math.sqrt(n / rank))
+    head = torch.randn(dim, args.actions, generator=generator, dtype=torch.float64) / math.sqrt(dim)
+    probs = (inputs[:, :dim] @ trunk @ head).softmax(-1)
+    actions = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    advantages = torch.randn(n, generator=generator, dtype=torch.float64)
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(args.epochs)]).tolist()
+    ratios, _ = simulate(inputs[:, :dim], trunk, head, actions, advantages, order, args, pfo_coef, learn_features)
+    return ratios[-1]
+
+
+def print_two_states(alpha, ratios, clipped):
+    """One line per step: whose sample it was, whether it was clipped, and what each ratio did."""
+    print(f"alpha = {alpha:g}: ratios pi(a1|s) / pi_old(a1|s) of x and y\n step  sample            x         y    moved")
+    for step, was_clipped in enumerate(clipped):
+        sample, other = ("x", "y") if step % 2 == 0 else ("y", "x")
+        now, then = ratios[step + 1], ratios[step]
+        moved = "  ".join(f"{name} {now[i] - then[i]:+.4f}" for i, name in enumerate("xy") if now[i] != then[i])
+        note = f" (at its limit: no gradient from {sample})" if was_clipped else f" ({other} moved by {sample}'s gradient)"
+        print(
+            f"{step:5}  {sample} {'clipped' if was_clipped else '':9}{now[0]:9.4f} {now[1]:9.4f}    {moved or 'nothing'}{note}"
+        )
+    print(f"final ratios: x {ratios[-1, 0]:.3f}, y {ratios[-1, 1]:.3f}\n")
+
+
+def toy(args):
+    """Figure 5 as a table, TensorBoard scalars and a picture; with --states the ratios against the rank."""
+    args.check()
+    args.run_name = args.run_name or f"toy__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.runs_dir) / args.run_name
+    if run_dir.exists():
+        fail(f"{run_dir} exists: choose another --run-name")
+    open_run(run_dir, args)
+    log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}")
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    if args.states:
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), constrained_layout=True)
+        ranks = args.features_rank or tuple(range(1, args.dim + 1))
+        arms = {"fixed features": {}}
+        if args.learn_features:
+            arms = {"learned features": {"learn_features": True}}
+            arms[f"learned, PFO {args.pfo_coef:g}"] = {"learn_features": True, "pfo_coef": args.pfo_coef}
+        keys = ("ratio_mean_above", "ratio_mean_below")
+        print(f"{'':24}rank  " + "".join(f"{key:>28}" for key in keys))
+        for arm, flags in arms.items():
+            means, errors = [], []
+            for rank in sorted({*ranks, args.dim}) if args.learn_features else ranks:
+                seeds = range(args.seed, args.seed + args.num_seeds)
+                ratios = [many_states(args, rank, seed, **flags) for seed in seeds]
+                stats = [ratio_stats(r.log(), args.clip_coef) for r in ratios]
+                values = np.array([[s[key] for key in keys] for s in stats])
+                means.append(np.nanmean(values, 0))
+                errors.append(np.nanstd(values, 0, ddof=1) / np.sqrt((~np.isnan(values)).sum(0)))
+                log.add({f"toy/{arm}/{key}": value for key, value in zip(keys, means[-1])}, rank)
+                print(f"{arm:24}{rank:4}  " + "".join(f"{m:18.4f} +- {e:6.4f}" for m, e in zip(means[-1], errors[-1])))
+            xs = sorted({*ranks, args.dim}) if args.learn_features else ranks
+            for i, axis in enumerate(axes):
+                axis.errorbar(xs, np.array(means)[:, i], np.array(errors)[:, i], label=arm, capsize=2)
+                if args.learn_features and arm == "learned features":
+                    axis.axhline(means[-1][i], color="gray", linestyle=":", label=f"control: rank {args.dim}")
+        for axis, key, limit in zip(axes, keys, (1 + args.clip_coef, 1 - args.clip_coef)):
+            axis.axhline(limit, color="black", linewidth=0.8, label="clipping limit")
+            axis.set(xlabel="rank of the features", ylabel=key, title=f"{args.states} states, {args.num_seeds} seeds")
+            axis.legend(fontsize=7)
+        picture = run_dir / "ratios_by_rank.png"
+    else:
+        generator = np.random.default_rng(args.seed)
+        phi, theta = generator.normal(), generator.normal(size=2).tolist()
+        phi, theta = phi if args.phi is None else args.phi, theta if args.theta is None else args.theta
+        figure, axes = plt.subplots(
+            1, len(args.alpha), figsize=(4.5 * len(args.alpha), 3.5), squeeze=False, constrained_layout=True
+        )
+        for axis, alpha in zip(axes[0], args.alpha):
+            ratios, clipped = two_states(args, alpha, phi, theta)
+            print_two_states(alpha, ratios, clipped)
+            for step, (x, y) in enumerate(ratios.tolist()):
+                log.add({f"toy/alpha={alpha:g}/ratio_x": x, f"toy/alpha={alpha:g}/ratio_y": y}, step)
+            axis.plot(ratios[:, 0], label=r"$\pi(a_1|x) / \pi_{old}(a_1|x)$")
+            axis.plot(ratios[:, 1], label=r"$\pi(a_1|y) / \pi_{old}(a_1|y)$")
+            axis.axhspan(1 - args.clip_coef, 1 + args.clip_coef, color="gray", alpha=0.2, label="clipping limits")
+            axis.set(xlabel="gradient step", ylabel="probability ratio", title=rf"$\alpha = {alpha:g}$")
+            axis.legend(fontsize=7)
+        picture = run_dir / "figure5.png"
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)
+    log.flush()
+    print(f"written: {picture}")
+
+
+@dataclass
+class Args:
+    """PPO-Clip on a small task with the diagnostics and interventions of arXiv 2405.00662. Intervals are fractions of the
+    whole run, rounded to whole iterations, at least one; 0 switches the thing off."""
+
+    # Experiment
+    env_id: str = "CartPole-v1"
+    """Gymnasium task with a flat Box observation and a bounded Box action"""
+    seed: int = 1
+    """seed of every random generator (the paper: 25, 7, 64, 27, 4)"""
+    total_timesteps: int = 100_000
+    """environment steps of the whole run (may change on --resume)"""
+    torch_threads: int = 1
+    """CPU threads of torch; networks this small are fastest with one"""
+    cuda: bool = True
+    """use a CUDA device where there is one"""
+    compile: bool = False
+    """compile the gradient step with torch.compile: several times faster after about a minute; same results up to rounding"""
+    runs_dir: str = "runs"
+    """folder that holds the runs"""
+    run_name: str = ""
+    """the run's folder within --runs-dir; empty: task, script, seed and time"""
+    resume: bool = False
+    """go on from the run's last checkpoint if it has one, else start"""
+    stop_on_nonfinite: bool = False
+    """stop at the first non-finite observation, loss or gradient instead of reporting it and going on"""
+    capture_video: bool = False
+    """write an mp4 of one episode beside every kept checkpoint (where there is no screen: MUJOCO_GL=egl or osmesa)"""
+    track: bool = False
+    """log to Weights & Biases as well (pip install wandb)"""
+    wandb_project: str = "no-representation-no-trust"
+    """Weights & Biases project"""
+    wandb_entity: str = ""
+    """Weights & Biases team; empty: your default"""
+
+    # PPO
+    learning_rate: float = 1e-3
+    """Adam's learning rate"""
+    anneal_lr: bool = False
+    """lower the learning rate linearly to 0 over the run"""
+    num_envs: int = 8
+    """environments"""
+    num_steps: int = 128
+    """steps per environment and iteration"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    minibatch_size: int = 128
+    """samples per gradient step; what is left of the batch after the last full minibatch of an epoch is dropped"""
+    update_epochs: int = 10
+    """epochs per batch (the paper: 10, 15, 20)"""
+    clip_coef: float = 0.2
+    """epsilon of PPO-Clip"""
+    ent_coef: float = 0.0
+    """coefficient of the entropy bonus; 0 disables"""
+    vf_coef: float = 0.5
+    """coefficient of the squared error of the values"""
+    max_grad_norm: float = 0.5
+    """largest gradient norm, actor and critic each on its own (together with --share-trunk)"""
+    target_kl: float = 0.0
+    """end the iteration's update after the epoch whose last minibatch has a larger approximate KL; 0 disables"""
+    time_limit: Literal["terminate", "bootstrap"] = "bootstrap"
+    """an episode cut by its time limit ends (finite horizon, the paper), or goes on in the value of its last observation"""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """activation function of both networks"""
+    width: int = 64
+    """units of each of the two hidden layers"""
+
+    # Interventions
+    pfo_coef: float = 0.0
+    """coefficient of Proximal Feature Optimization, equation 2 (the paper: 1 with tanh, 10 with relu); 0 disables"""
+    pfo_layers: Literal["last", "all"] = "last"
+    """PFO on the last hidden layer's preactivations or on those of all hidden layers"""
+    pfo_reduction: Literal["mean", "sum"] = "mean"
+    """over feature dimensions: mean (the authors' code and coefficients) or sum (equation 2 to the letter)"""
+    share_trunk: bool = False
+    """one trunk for actor and critic"""
+    reset_adam: bool = False
+    """forget Adam's moments after every batch"""
+    adam_beta1: float = 0.9
+    """decay of Adam's first moment"""
+    adam_beta2: float = 0.999
+    """decay of Adam's second moment (the paper's intervention: 0.9)"""
+    reward_keep_prob: float = 1.0
+    """probability that a reward is kept and not set to 0 (Figure 35: 0.1); 1 disables"""
+
+    # Diagnostics
+    log_interval: float = 0.001
+    """between two points of the curves (may change on --resume)"""
+    capacity_interval: float = 0.025
+    """between two fits of the capacity loss (may change on --resume)"""
+    capacity_steps: int = 2000
+    """states that the capacity loss is fitted to"""
+    capacity_envs: int = 8
+    """environments that collect them"""
+    capacity_epochs: int = 4
+    """epochs of a fit"""
+    capacity_data: Literal["target", "initial"] = "target"
+    """collected by the random target, or by the agent as it was before training (the authors' code)"""
+    snapshot_interval: float = 0.025
+    """between two kept checkpoints (may change on --resume)"""
+    checkpoint_interval: float = 0.05
+    """between two saves of the state that --resume goes on from (may change on --resume)"""
+    save_patience: float = 600.0
+    """seconds for which saving may fail (a full disk) before the run stops"""
+    profile: bool = False
+    """say at the end where the time went (synchronises a CUDA device at every part, which slows it down)"""
+
+    def check(self):
+        """Exit with one line if a value makes no sense."""
+        for name, value in asdict(self).items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, float) and not math.isfinite(value):
+                fail(f"{flag} is {value}: it must be a finite number")
+            if name in ("learning_rate", "clip_coef", "max_grad_norm") and value <= 0:
+                fail(f"{flag} is {value}: it must be greater than 0")
+            if name.endswith(("_coef", "seed", "_kl", "_patience")) and value < 0:
+                fail(f"{flag} is {value}: it must be 0 or greater")
+            if name.endswith(("_interval", "gamma", "_lambda", "_prob")) and not 0 <= value <= 1:
+                fail(f"{flag} is {value}: it must be between 0 and 1")
+            if name.startswith("adam_") and not 0 <= value < 1:
+                fail(f"{flag} is {value}: it must be at least 0 and less than 1")
+            if type(value) is int and name != "seed" and value < 1:
+                fail(f"{flag} is {value}: it must be 1 or greater")
+        if self.seed >= 2**32:
+            fail(f"--seed is {self.seed}: it must be less than 2**32")
+        batch_size = self.num_envs * self.num_steps
+        if self.minibatch_size > batch_size:
+            fail(f"--minibatch-size {self.minibatch_size} is larger than the batch, --num-envs x --num-steps = {batch_size}")
+        if self.minibatch_size < 2:
+            fail("--minibatch-size is 1: advantages are normalised per minibatch, so it must be 2 or greater")
+        if self.total_timesteps < batch_size:
+            fail(f"--total-timesteps {self.total_timesteps} is less than one batch of {batch_size} steps")
+        if self.capacity_interval and self.capacity_steps < max(self.minibatch_size, self.capacity_envs):
+            fail(f"--capacity-steps {self.capacity_steps} is less than one minibatch or one step per environment")
+        if Path(self.run_name).name != self.run_name or self.run_name == "..":
+            fail(f"--run-name {self.run_name} must be the name of a folder, not a path (--runs-dir says where it lies)")
+        if self.resume and not self.run_name:
+            fail("--resume needs the --run-name of the run to go on with")
+        if self.track and find_spec("wandb") is None:
+            fail("--track needs Weights & Biases: pip install wandb")
+
+
+class Envs:
+    """`num_envs` copies of the task, stepped in turn; an episode that ends is followed at once by the next one.
+
+    Every episode starts from a seed of its own. Seed and actions give the episode back exactly, so they are all that a
+    checkpoint needs to hold of an environment. Observations (E, D) are used as they are.
+    """
+
+    obs_stats = {}
+
+    def __init__(self, args, num_envs, stream, obs_stats=None, **make_flags):
+        gym.logger.min_level = gym.logger.ERROR
+        try:
+            self.envs = [gym.make(args.env_id, disable_env_checker=True, **make_flags) for _ in range(num_envs)]
+        except Exception as error:  # whatever a task's constructor raises, the user's mistake is --env-id
+            fail(f"--env-id {args.env_id} cannot be made: {error}")
+        obs_space, action_space = self.envs[0].observation_space, self.envs[0].action_space
+        if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+            fail(f"--env-id {args.env_id} observes {obs_space}: it must be a flat Box (ppo_atari.py takes images)")
+        if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
+            fail(f"--env-id {args.env_id} acts by {action_space}: it must be Discrete (ppo_mujoco.py takes a Box)")
+        self.limit = self.envs[0].spec.max_episode_steps
+        self.obs_dim, self.action_dim = obs_space.shape[0], int(action_space.n)
+        self.rng = np.random.default_rng([args.seed, stream])
+        self.obs = np.zeros((num_envs, self.obs_dim), np.float32)
+        self.seeds, self.actions, self.returns = [0] * num_envs, [[] for _ in range(num_envs)], [0.0] * num_envs
+        self.finished = []  # (return, length) of the episodes that ended since the last log
+
+    def start(self, i, seed):
+        """Begin an episode of environment i."""
+        self.seeds[i], self.actions[i], self.returns[i] = seed, [], 0.0
+        self.obs[i], _ = self.envs[i].reset(seed=seed)
+
+    def advance(self, i, action):
+        """One step of environment i: reward, terminated, truncated."""
+        self.actions[i].append(action)
+        try:
+            self.obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
+        except Exception as error:
+            traceback.print_exc()
+            place = f"environment {i}, episode seed {self.seeds[i]}, step {len(self.actions[i])}"
+            fail(f"{self.envs[i].spec.id} crashed ({place}): {error!r}; --resume goes on from the last checkpoint", code=1)
+        self.returns[i] += float(reward)
+        return reward, terminated, truncated
+
+    def reset(self):
+        for i in range(len(self.envs)):
+            self.start(i, int(self.rng.integers(2**31)))
+        return self.obs.copy()
+
+    def step(self, actions):
+        """One step with the `actions` (E,): the next observations (E, D), rewards, terminations and truncations (E,), and
+        the last observations of the episodes that ended here."""
+        outcomes = [self.advance(i, action) for i, action in enumerate(actions.tolist())]
+        rewards, terminations, truncations = zip(*outcomes)
+        final_obs = []
+        for i in range(len(self.envs)):
+            if terminations[i] or truncations[i]:
+                final_obs.append(self.obs[i].copy())
+                self.finished.append((self.returns[i], len(self.actions[i])))
+                self.start(i, int(self.rng.integers(2**31)))
+        return self.obs.copy(), rewards, terminations, truncations, final_obs
+
+    def collect(self, agent, num_steps, seed):
+        """States that the agent's sampled actions lead to from a reset, and the index (num_steps,) that picks them."""
+        act, states, next_obs = agent.numpy_actor(), [], self.reset()
+        generator = torch.Generator().manual_seed(seed)
+        for noise in agent.noise(-(-num_steps // len(self.envs)), len(self.envs), generator):
+            states.append(next_obs)
+            next_obs, *_ = self.step(act(next_obs, noise))
+        return torch.from_numpy(np.concatenate(states)[:num_steps]), torch.arange(num_steps)
+
+    def video(self, agent, path, seed):
+        """Write one episode of environment 0, or its first 5,000 steps, as an mp4."""
+        act, frames, obs = agent.numpy_actor(), [], self.reset()
+        for noise in agent.noise(self.limit or 5000, 1, torch.Generator().manual_seed(seed)):
+            frames.append(self.envs[0].render())
+            obs, *_ = self.step(act(obs, noise))
+            if self.finished:
+                break
+        self.finished.clear()
+        path.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(path, frames, fps=self.envs[0].metadata["render_fps"])
+
+    def state_dict(self):
+        return {
+            "rng": self.rng.bit_generator.state,
+            "seeds": list(self.seeds),
+            "actions": [list(actions) for actions in self.actions],
+            "obs": torch.from_numpy(self.obs.copy()),
+            "finished": list(self.finished),
+        }
+
+    def load_state_dict(self, state):
+        """Bring every environment back by playing its episode again."""
+        for i, (seed, actions) in enumerate(zip(state["seeds"], state["actions"])):
+            self.start(i, seed)
+            for action in actions:
+                self.advance(i, action)
+        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+            say("the replayed episodes end elsewhere than before: the simulator is another one; the run goes on, but differs")
+        self.rng.bit_generator.state = state["rng"]
+        self.finished = [tuple(episode) for episode in state["finished"]]
+        return self.obs.copy()
+
+
+def layer_outputs(trunk, x):
+    """Preactivations of a trunk, first to last: the outputs of its Linear and Conv2d layers for the input `x` (B, ...)."""
+    outputs = []
+    for layer in trunk:
+        x = layer(x)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            outputs.append(x)
+    return outputs
+
+
+class Agent(nn.Module):
+    """Actor and critic. A policy is the log-probabilities (B, A) of the actions."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        width, self.action_dim = args.width, action_dim
+        self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
+        self.actor_trunk = nn.Sequential(nn.Linear(obs_dim, width), self.activation, nn.Linear(width, width))
+        self.actor_head = nn.Linear(width, action_dim)
+        self.critic_trunk = nn.Sequential(nn.Linear(obs_dim, width), self.activation, nn.Linear(width, width))
+        if args.share_trunk:
+            self.critic_trunk = self.actor_trunk
+        self.critic_head = nn.Linear(width, 1)
+        # Gradients are clipped per group: actor and critic each on its own, all as one if they share a trunk
+        named = list(self.named_parameters())
+        networks = ("",) if args.share_trunk else ("actor", "critic")
+        self.groups = [[p for name, p in named if name.startswith(network)] for network in networks]
+
+    def forward(self, obs):
+        """obs (B, D) -> policy (B, A), values (B,), preactivations of actor and critic, each a list of (B, width)."""
+        actor_outputs = layer_outputs(self.actor_trunk, obs)
+        critic_outputs = actor_outputs
+        if self.critic_trunk is not self.actor_trunk:
+            critic_outputs = layer_outputs(self.critic_trunk, obs)
+        policy = self.actor_head(self.activation(actor_outputs[-1])).log_softmax(-1)
+        values = self.critic_head(self.activation(critic_outputs[-1])).squeeze(-1)
+        return policy, values, actor_outputs, critic_outputs
+
+    def noise(self, num_steps, num_envs, generator=None):
+        """(T, E, A) standard Gumbel numbers, what `numpy_actor` needs to sample."""
+        return -torch.empty(num_steps, num_envs, self.action_dim).exponential_(generator=generator).log().numpy()
+
+    def numpy_actor(self):
+        """The actor in NumPy, (obs (E, D), noise (E, A)) -> actions (E,): for a few states faster than torch."""
+        first, last, head = (
+            (layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy())
+            for layer in (self.actor_trunk[0], self.actor_trunk[2], self.actor_head)
+        )
+        activation = np.tanh if isinstance(self.activation, nn.Tanh) else lambda x: np.maximum(x, 0)
+
+        def act(obs, noise):
+            x = activation(obs @ first[0] + first[1])
+            x = activation(x @ last[0] + last[1])
+            return (x @ head[0] + head[1] + noise).argmax(-1)
+
+        return act
+
+    def log_prob(self, policy, actions):
+        """(B,) log-probabilities of the actions (B,)."""
+        return policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self, policy, actions=None):
+        """(B,) entropies."""
+        return -(policy.exp() * policy).sum(-1)
+
+    def kl(self, policy, other):
+        """(B,) KL(policy || other)."""
+        return (policy.exp() * (policy - other)).sum(-1)
+
+    def variance(self, policy):
+        """Variance over the states (B,) of each action's probability, averaged."""
+        return policy.exp().var(0).mean()
+
+
+@torch.no_grad()
+def feature_ranks(features):
+    """The five rank measures of the paper's appendix E for `features` (N, D): a dict of floats.
+
+    With sigma the singular values of the uncentred matrix and delta = 0.01: `effective_rank` (Roy & Vetterli 2007),
+    `pca_rank` (Yang et al. 2020; the paper's figures), `srank` (Kumar et al. 2021), `feature_rank` (Lyle et al. 2022),
+    `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero or empty matrix and NaN if an entry is not finite.
+    """
+    delta, eps = 0.01, torch.finfo(features.dtype).eps
+    names = ("effective_rank", "pca_rank", "srank", "feature_rank", "torch_rank")
+    if not features.isfinite().all():
+        return dict.fromkeys(names, math.nan)
+    if features.count_nonzero() == 0:
+        return dict.fromkeys(names, 0.0)
+    sigma = torch.linalg.svdvals(features.double())
+    p = sigma / sigma.sum()
+    variance = sigma**2 / (sigma**2).sum()
+    ranks = (
+        torch.special.entr(p).sum().exp(),
+        (variance.cumsum(0) <= 1 - delta).sum() + 1,
+        (p.cumsum(0) <= 1 - delta).sum() + 1,
+        (sigma / math.sqrt(len(features)) > delta).sum(),
+        (sigma > sigma[0] * max(features.shape) * eps).sum(),
+    )
+    return {name: float(rank) for name, rank in zip(names, ranks)}
+
+
+@torch.no_grad()
+def dead_neurons(features, activation):
+    """Columns of `features` (N, D) that do not vary (the paper's footnote 7): for "relu" 0 on all samples, for "tanh" with
+    a standard deviation below 0.001. NaN is not dead."""
+    if activation == "relu":
+        return int((features == 0).all(0).sum())
+    if activation == "tanh":
+        return int((features.std(0) < 0.001).sum())
+    raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
+
+    All arguments are (T, E). `next_values` are those of the true next observations: at an episode's end of its last
+    observation, which counts unless the episode terminated. Nothing passes from one episode to another (`dones`).
+    """
+    deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
+    decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
+    advantages = torch.empty_like(deltas)
+    last = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = last = deltas[t] + decay[t] * last
+    return advantages, advantages + values
+
+
+def pfo_inputs(outputs, layers):
+    """The preactivations (B, K) that PFO holds: the "last" of a trunk's `outputs`, or "all" of them, flattened."""
+    return outputs[-1] if layers == "last" else torch.cat([output.flatten(1) for output in outputs], 1)
+
+
+def pfo_value(preactivations, old_preactivations, reduction):
+    """PFO with the "mean" or the "sum" over feature dimensions, without its coefficient."""
+    value = pfo_loss(preactivations, old_preactivations)
+    return value if reduction == "mean" else value * preactivations.shape[1]
+
+
+def approx_kl(logratio):
+    """Mean of (r - 1) - log r, an unbiased estimate of KL(old || new) (Schulman, "Approximating KL Divergence")."""
+    return (logratio.exp() - 1 - logratio).mean().item()
+
+
+def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, old_preactivations):
+    """PPO-Clip's loss (equation 1) with value loss, entropy bonus and PFO on a minibatch; all arguments start with (B,).
+
+    Returns the scalar to minimise, and for the log policy loss, value loss and PFO (3,), log-ratios (B,), policies (B, P).
+    """
+    policy, values, actor_outputs, _ = agent(obs)
+    logratio = agent.log_prob(policy, actions) - logprobs
+    ratio = logratio.clamp(math.log(1e-7), math.log(1e9)).exp()
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    value_loss = args.vf_coef * F.mse_loss(values, returns)
+    loss = policy_loss + value_loss
+    if args.ent_coef:
+        loss = loss - args.ent_coef * agent.entropy(policy).mean()
+    with torch.set_grad_enabled(args.pfo_coef != 0):  # the value is logged in any case, but 0 * inf would be NaN
+        pfo = pfo_value(pfo_inputs(actor_outputs, args.pfo_layers), old_preactivations, args.pfo_reduction)
+    if args.pfo_coef:
+        loss = loss + args.pfo_coef * pfo
+    return loss, torch.stack([policy_loss, value_loss, pfo]).detach(), logratio.detach(), policy.detach()
+
+
+def shuffled_minibatches(batch, minibatch_size):
+    """One epoch: the tensors (N, ...) of the dict `batch` cut alike into random full minibatches, dicts of (B, ...), with
+    the advantages normalised within each; what is left over is dropped."""
+    num_minibatches = len(batch["obs"]) // minibatch_size
+    order = torch.randperm(len(batch["obs"]))[: num_minibatches * minibatch_size].to(batch["obs"].device)
+    parts = {name: x[order].unflatten(0, (num_minibatches, minibatch_size)) for name, x in batch.items()}
+    std, mean = torch.std_mean(parts["advantages"], 1, correction=0, keepdim=True)
+    parts["advantages"] = (parts["advantages"] - mean) / std.clamp_min(1e-6)
+    for minibatch in zip(*parts.values()):
+        yield dict(zip(parts, minibatch))
+
+
+def clipped_gradient(agent, loss, max_grad_norm):
+    """The gradient of `loss` for all parameters as one vector, clipped per group of the agent, and the groups' norms
+    before that."""
+    gradients = iter(torch.autograd.grad(loss, [p for group in agent.groups for p in group]))
+    parts = [torch.cat([next(gradients).flatten() for _ in group]) for group in agent.groups]
+    norms = [part.norm() for part in parts]
+    parts = [part * (max_grad_norm / (norm + 1e-6)).clamp_max(1) for part, norm in zip(parts, norms)]
+    return torch.cat(parts), norms
+
+
+def ppo_gradient(agent, args, **minibatch):
+    """The clipped gradient of `ppo_loss` and what that returns for the log; behind its losses the gradient norms of actor
+    and critic before clipping."""
+    loss, losses, logratio, policy = ppo_loss(agent, args, **minibatch)
+    gradient, norms = clipped_gradient(agent, loss, args.max_grad_norm)
+    return gradient, torch.cat([losses, torch.stack([norms[0], norms[-1]])]), logratio, policy
+
+
+def make_optimizer(agent, args):
+    """Adam over one vector that holds all parameters of the agent, which become views of it: one clipping and one step
+    instead of one per tensor, an eighth of the time of an eager gradient step and two fifths of a compiled one."""
+    parameters = [p for group in agent.groups for p in group]
+    vector = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    for p, part in zip(parameters, vector.detach().split([p.numel() for p in parameters])):
+        p.data = part.view_as(p)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.Adam([vector], args.learning_rate, betas, eps=1e-8, fused=True), vector
+
+
+@torch.no_grad()
+def evaluate(agent, obs, pfo_layers):
+    """The networks on `obs` (N, ...): policy (N, P), values (N,), what PFO holds (N, K), and the last preactivations (N, D)
+    of actor and critic. In chunks, so that the conv maps of a whole batch never stand in memory at once."""
+    chunks = []
+    for chunk in obs.split(1024):
+        policy, values, actor_outputs, critic_outputs = agent(chunk)
+        held = pfo_inputs(actor_outputs, pfo_layers)
+        chunks.append((policy, values, held, actor_outputs[-1], critic_outputs[-1]))
+    return [torch.cat(parts) for parts in zip(*chunks)]
+
+
+@torch.no_grad()
+def capacity_target(target, frames, index):
+    """What `target` puts out on the states frames[index]: the data (frames, index, policies (N, P), values (N,)) to fit."""
+    device = next(target.parameters()).device
+    outputs = [target(frames[chunk].to(device))[:2] for chunk in index.split(1024)]
+    return frames, index, *(torch.cat(parts) for parts in zip(*outputs))
+
+
+def capacity_loss(agent, args, frames, index, target_policies, target_values):
+    """What is left of the loss when a copy of the networks was fitted to a random target (section 2, "Capacity loss").
+
+    The actor's loss is the mean KL(target || copy), the critic's the mean squared error. A fresh Adam with the run's
+    settings takes `capacity_epochs` over the data; each fit shuffles alike and touches no other random generator.
+    Returns floats: `actor` and `critic` on all data after the fit, and the same `_last_minibatch` before the last step.
+    """
+    device = target_values.device
+    copied = copy.deepcopy(agent)
+    optimizer, vector = make_optimizer(copied, args)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def losses(rows):
+        policies, values, *_ = copied(frames[index[rows]].to(device))
+        rows = rows.to(device)
+        return copied.kl(target_policies[rows], policies), (values - target_values[rows]).square()
+
+    for _ in range(args.capacity_epochs):
+        permutation = torch.randperm(len(index), generator=generator)
+        for rows in permutation[: len(index) // args.minibatch_size * args.minibatch_size].split(args.minibatch_size):
+            actor_last, critic_last = (loss.mean() for loss in losses(rows))
+            vector.grad, _ = clipped_gradient(copied, actor_last + critic_last, args.max_grad_norm)
+            optimizer.step()
+    with torch.no_grad():
+        chunks = [losses(rows) for rows in torch.arange(len(index)).split(1024)]
+    actor, critic = (torch.cat(parts).mean() for parts in zip(*chunks))
+    names = ("actor", "critic", "actor_last_minibatch", "critic_last_minibatch")
+    return {name: loss.item() for name, loss in zip(names, (actor, critic, actor_last, critic_last))}
+
+
+def network_norms(agent):
+    """L2 norms of all weights and biases of the actor and of the critic."""
+    modules = {"actor": (agent.actor_trunk, agent.actor_head), "critic": (agent.critic_trunk, agent.critic_head)}
+    return {
+        name: torch.cat([p.detach().flatten() for module in pair for p in module.parameters()]).norm().item()
+        for name, pair in modules.items()
+    }
+
+
+def nonfinite_parts(agent, **tensors):
+    """Names of the tensors that hold a NaN or an infinity, "parameters" for those of the agent."""
+    tensors["parameters"] = torch.cat([p.detach().flatten() for p in agent.parameters()])
+    return [name for name, x in tensors.items() if not x.isfinite().all()]
+
+
+def due(interval, iteration, num_iterations):
+    """Whether what happens every `interval` (fraction of the run) falls on this iteration.
+
+    It falls on the whole iterations nearest to 0, 1, 2, ... intervals, at least one apart, and on the last; 0: never."""
+    if interval == 0:
+        return False
+    period = max(1.0, interval * num_iterations)
+    return iteration == num_iterations or round(round(iteration / period) * period) == iteration
+
+
+class Stopwatch(dict):
+    """Seconds by name: `lap(name)` adds the time since the last lap."""
+
+    def __init__(self, synchronize):
+        self.last, self.synchronize = time.perf_counter(), synchronize
+
+    def lap(self, name):
+        if self.synchronize:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self[name] = self.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+def start_tracking(args):
+    """A Weights & Biases run that goes on if the run does."""
+    import wandb
+
+    name, entity = args.run_name, args.wandb_entity or None
+    return wandb.init(project=args.wandb_project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
+
+
+def save(state, path):
+    """Write `state` (tensors and plain values) to `path` at once or not at all. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "latest.pt" and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_latest(run_dir):
+    """The state that a run can go on from: `latest.pt`, or the one before if that cannot be read; None if there is none."""
+    paths = [path for path in (run_dir / "latest.pt", run_dir / "previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise almost anything
+            say(f"{path} cannot be read ({type(error).__name__}); trying the one before")
+    if paths:
+        fail(f"no checkpoint of {run_dir} can be read: start again under another --run-name")
+    if any(path.name != "0.pt" for path in run_dir.glob("checkpoints/*.pt")):
+        fail(f"{run_dir} keeps no state to go on from (--checkpoint-interval was 0): use another --run-name")
+
+
+def check_resumed(args, saved, versions):
+    """Exit if the saved run had other arguments; warn if it had other versions."""
+    free = ("total_timesteps", "runs_dir", "run_name", "resume", "track", "wandb_project", "wandb_entity", "capture_video")
+    free += ("stop_on_nonfinite", "save_patience", "profile", "cuda")
+    differ = [
+        f"--{name.replace('_', '-')} was {saved['args'].get(name)} and is {value}"
+        for name, value in asdict(args).items()
+        if name not in free and not name.endswith("_interval") and saved["args"].get(name) != value
+    ]
+    if differ:
+        fail(f"--resume with other arguments: {'; '.join(differ)}. Use the run's own, or another --run-name")
+    for name, value in versions.items():
+        if saved["versions"].get(name) != value:
+            say(f"{name} was {saved['versions'].get(name)} and is {value}: the run goes on, but not bit for bit")
+
+
+def snapshot(args, iteration, global_step, agent, optimizer, envs):
+    """What a kept checkpoint holds: weights, optimizer, arguments, counters and observation statistics."""
+    return {
+        "script": Path(__file__).stem,
+        "args": asdict(args),
+        "iteration": iteration,
+        "global_step": global_step,
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "obs_stats": envs.obs_stats,
+    }
+
+
+def rng_state(generator):
+    """The states of Python's, NumPy's and torch's random generators and of the NumPy `generator`, as plain values."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generator": generator.bit_generator.state,
+    }
+
+
+def set_rng_state(state, generator):
+    """Undo everything that was drawn since `rng_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    generator.bit_generator.state = state["generator"]
+
+
+def catch_signals():
+    """A list that SIGINT and SIGTERM are put into; the second of a kind ends the process at once."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return received
+
+
+def print_summary(run_dir, first_scalars, last_scalars, seconds):
+    """The diagnostics at the start and at the end of the run, and where the time went."""
+    print(f"{run_dir}\n{'':40}{'first':>12}{'last':>12}")
+    for tag in (
+        "charts/episodic_return",
+        "representation/actor/pca_rank",
+        "representation/actor/dead_neurons",
+        "representation/actor/preactivation_norm",
+        "representation/critic/pca_rank",
+        "trust_region/ratio_mean_above",
+        "trust_region/ratio_mean_below",
+        "policy/entropy",
+        "policy/variance",
+        "capacity/actor",
+        "capacity/critic",
+    ):
+        print(f"{tag:40}{first_scalars.get(tag, math.nan):12.4g}{last_scalars.get(tag, math.nan):12.4g}")
+    if seconds:
+        print("time: " + ", ".join(f"{name} {part / sum(seconds.values()):.1%}" for name, part in seconds.items()))
+
+
+def train(args):
+    # Setup
+    args.check()
+    default_name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    args.run_name = args.run_name or default_name.replace("/", "-")
+    run_dir = Path(args.runs_dir) / args.run_name
+    if run_dir.exists() and not args.resume:
+        fail(f"{run_dir} exists: choose another --run-name, or --resume to go on with it")
+    batch_size = args.num_envs * args.num_steps
+    steps_per_iteration = batch_size
+    num_iterations = args.total_timesteps // steps_per_iteration
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium")}
+    versions["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    saved = load_latest(run_dir) if args.resume else None
+    if saved:
+        check_resumed(args, saved, versions)
+        if saved["iteration"] >= num_iterations:
+            say(f"{run_dir} is finished: {saved['global_step']} steps. A larger --total-timesteps would go on")
+            return
+    if batch_size % args.minibatch_size:
+        say(f"{batch_size % args.minibatch_size} of the batch's {batch_size} samples are dropped in every epoch")
+
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.set_num_threads(args.torch_threads)
+    torch.backends.cudnn.deterministic = True
+    envs = Envs(args, args.num_envs, stream=0, obs_stats=saved and saved["obs_stats"])
+    torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
+    target = Agent(envs.obs_dim, envs.action_dim, args).to(device)
+    torch.manual_seed(args.seed)
+    agent = Agent(envs.obs_dim, envs.action_dim, args).to(device)
+    optimizer, vector = make_optimizer(agent, args)
+    mask_rng = np.random.default_rng([args.seed, 1])
+    gradient = ppo_gradient
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # backward and clipping in the same graph: half the time
+        torch._inductor.config.fallback_random = True  # the eager script's random numbers
+        torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
+        gradient = torch.compile(ppo_gradient, fullgraph=True)
+    if args.capacity_interval:
+        capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
+        collector = target if args.capacity_data == "target" else agent
+        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
+        capacity_data = capacity_target(target, *states)
+    if args.capture_video:
+        video_envs = Envs(args, 1, stream=4, obs_stats=envs.obs_stats, render_mode="rgb_array")
+        try:
+            video_envs.reset()
+            video_envs.envs[0].render()
+        except Exception as error:
+            fail(f"--capture-video cannot draw {args.env_id}: {error}")
+    lock = open_run(run_dir, args)
+    if args.snapshot_interval and not saved:
+        save(snapshot(args, 0, 0, agent, optimizer, envs), run_dir / "checkpoints" / "0.pt")
+    tracker = start_tracking(args) if args.track else None
+    first_iteration, global_step, first_scalars, last_scalars = 0, 0, {}, {}
+    next_obs = envs.reset()
+    log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}", size=saved["log_size"] if saved else 0)
+    if saved:
+        first_iteration, global_step = saved["iteration"], saved["global_step"]
+        first_scalars, last_scalars = saved["first_scalars"], saved["last_scalars"]
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        next_obs = envs.load_state_dict(saved["envs"])
+        set_rng_state(saved["rng"], mask_rng)
+        say(f"{run_dir} goes on at step {global_step}")
+
+    obs = np.zeros((args.num_steps, args.num_envs, envs.obs_dim), np.float32)
+    actions = np.zeros((args.num_steps, args.num_envs), np.int64)
+    rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
+    terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
+    if args.capacity_interval and not saved:
+        capacity = capacity_loss(agent, args, *capacity_data)
+        log.add({f"capacity/{name}": value for name, value in capacity.items()}, 0)
+
+    stop_signals = catch_signals()
+    nonfinite_said, failing_since = set(), None
+    loss_names = ("policy_loss", "value_loss", "pfo_loss", "actor_grad_norm", "critic_grad_norm")
+    log_time, log_iteration = time.perf_counter(), first_iteration
+    watch = Stopwatch(synchronize=args.profile and device.type == "cuda")
+    bar = tqdm(
+        total=num_iterations * steps_per_iteration, initial=global_step, unit=" steps", mininterval=1, dynamic_ncols=True
+    )
+    for iteration in range(first_iteration + 1, num_iterations + 1):
+        # Rollout: with the actor alone; values and log-probabilities of the whole batch come from one forward afterwards
+        act = agent.numpy_actor()
+        noise = agent.noise(args.num_steps, args.num_envs)
+        final_obs = []
+        for step in range(args.num_steps):
+            obs[step] = next_obs
+            actions[step] = act(next_obs, noise[step])
+            watch.lap("inference")
+            next_obs, rewards[step], terminations[step], truncations[step], ended = envs.step(actions[step])
+            final_obs += ended
+            watch.lap("environment")
+        global_step += steps_per_iteration
+        if args.reward_keep_prob < 1:
+            rewards *= mask_rng.random(rewards.shape) < args.reward_keep_prob
+        b_obs = torch.from_numpy(obs).flatten(0, 1).to(device)
+        b_actions = torch.from_numpy(actions).flatten(0, 1).to(device)
+        last_obs = torch.from_numpy(np.stack([*next_obs, *final_obs])).to(device)
+
+        # Advantages
+        b_policies, b_values, b_held, actor_preactivations, critic_preactivations = evaluate(agent, b_obs, args.pfo_layers)
+        b_logprobs = agent.log_prob(b_policies, b_actions)
+        dones = terminations | truncations
+        values, last_values = b_values.view(dones.shape).cpu(), evaluate(agent, last_obs, args.pfo_layers)[1].cpu()
+        next_values = torch.cat([values[1:], last_values[None, : args.num_envs]])
+        next_values[torch.from_numpy(dones)] = last_values[args.num_envs :]
+        advantages, returns = compute_gae(
+            torch.from_numpy(rewards),
+            values,
+            next_values,
+            torch.from_numpy(dones if args.time_limit == "terminate" else terminations),
+            torch.from_numpy(dones),
+            args.gamma,
+            args.gae_lambda,
+        )
+        b_advantages, b_returns = advantages.flatten().to(device), returns.flatten().to(device)
+        weight_norms = network_norms(agent)
+
+        # PPO update
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
+        batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs}
+        batch |= {"advantages": b_advantages, "returns": b_returns, "old_preactivations": b_held}
+        outputs = []
+        for _ in range(args.update_epochs):
+            for minibatch in shuffled_minibatches(batch, args.minibatch_size):
+                vector.grad, *step_outputs = gradient(agent, args, **minibatch)
+                optimizer.step()
+                outputs.append((*step_outputs, minibatch["actions"]))
+            if args.target_kl and approx_kl(outputs[-1][1]) > args.target_kl:
+                break
+        if args.reset_adam:
+            optimizer.state.clear()
+        losses, *outputs = (torch.stack(x) for x in zip(*outputs))
+        nonfinite = nonfinite_parts(agent, observations=b_obs, **dict(zip(loss_names, losses.T)))
+        nonfinite = [name for name in nonfinite if name not in nonfinite_said]
+        nonfinite_said.update(nonfinite)
+        if nonfinite:
+            say(f"not finite, first in iteration {iteration} (up to step {global_step}): {', '.join(nonfinite)}")
+        broken = "parameters" in nonfinite or bool(nonfinite and args.stop_on_nonfinite)
+        watch.lap("update")
+
+        # Representation
+        logging, scalars = due(args.log_interval, iteration, num_iterations) or broken, {}
+        if logging:
+            for name, x in (("actor", actor_preactivations), ("critic", critic_preactivations)):
+                features = agent.activation(x)
+                measured = feature_ranks(features)
+                measured["dead_neurons"] = dead_neurons(features, args.activation)
+                measured["preactivation_norm"] = x.norm(dim=1).mean().item()
+                measured["feature_norm"] = features.norm(dim=1).mean().item()
+                measured["weight_norm"] = weight_norms[name]
+                scalars |= {f"representation/{name}/{key}": value for key, value in measured.items()}
+            scalars["policy/variance"] = agent.variance(b_policies).item()
+            scalars["policy/entropy"] = agent.entropy(b_policies, b_actions).mean().item()
+
+        # Trust region
+        if logging:
+            new_policies, _, new_held, *_ = evaluate(agent, b_obs, args.pfo_layers)
+            stats = ratio_stats(agent.log_prob(new_policies, b_actions) - b_logprobs, args.clip_coef)
+            stats["kl"] = agent.kl(b_policies, new_policies).mean().item()
+            stats["preactivation_drift"] = pfo_value(new_held, b_held, args.pfo_reduction).item()
+            scalars |= {f"trust_region/{key}": value for key, value in stats.items()}
+        watch.lap("diagnostics")
+
+        # Capacity loss
+        if due(args.capacity_interval, iteration, num_iterations):
+            capacity = capacity_loss(agent, args, *capacity_data)
+            scalars |= {f"capacity/{name}": value for name, value in capacity.items()}
+        watch.lap("capacity")
+
+        # Logging
+        if logging:
+            if envs.finished:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(envs.finished, 0).tolist()
+                envs.finished.clear()
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            scalars["charts/SPS"] = (iteration - log_iteration) * batch_size / (time.perf_counter() - log_time)
+            scalars |= {f"losses/{name}": mean for name, mean in zip(loss_names, losses.mean(0).tolist())}
+            logratio, policies, taken = outputs
+            scalars["losses/entropy"] = agent.entropy(policies, taken).mean().item()
+            scalars["losses/approx_kl"], scalars["losses/old_approx_kl"] = approx_kl(logratio), -logratio.mean().item()
+            scalars["losses/clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean().item()
+            scalars["losses/policy_objective_last_minibatch"] = -losses[-1, 0].item()
+            scalars["losses/explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
+            log_time, log_iteration = time.perf_counter(), iteration
+        if scalars:
+            log.add(scalars, global_step)
+            if tracker:
+                tracker.log(scalars, step=global_step)
+            first_scalars, last_scalars = scalars | first_scalars, last_scalars | scalars
+            bar.set_postfix_str(
+                f"return {last_scalars.get('charts/episodic_return', math.nan):.0f}, "
+                f"rank {last_scalars.get('representation/actor/pca_rank', math.nan):.0f}, "
+                f"dead {last_scalars.get('representation/actor/dead_neurons', math.nan):.0f}",
+                refresh=False,
+            )
+        bar.update(steps_per_iteration)
+        watch.lap("logging")
+
+        # Checkpoint
+        keep = due(args.snapshot_interval, iteration, num_iterations) or broken
+        resumable = args.checkpoint_interval > 0 and not broken
+        resumable = resumable and (due(args.checkpoint_interval, iteration, num_iterations) or bool(stop_signals))
+        if log.pending or keep or resumable:
+            try:
+                log.flush()
+                state = snapshot(args, iteration, global_step, agent, optimizer, envs)
+                if keep:
+                    save(state, run_dir / "checkpoints" / f"{global_step}.pt")
+                if resumable:
+                    state |= {"envs": envs.state_dict(), "rng": rng_state(mask_rng), "versions": versions}
+                    state |= {"log_size": log.size, "first_scalars": first_scalars, "last_scalars": last_scalars}
+                    save(state, run_dir / "latest.pt")
+                if failing_since:
+                    say(f"{run_dir} can be written again")
+                failing_since = None
+            except OSError as error:
+                if not failing_since:
+                    say(f"step {global_step}: {run_dir} cannot be written ({error.strerror}); the run goes on and tries again")
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since >= args.save_patience or iteration == num_iterations:
+                    fail(f"step {global_step}: {run_dir} could not be written ({error.strerror}), the run stops", code=1)
+        if keep and args.capture_video:
+            video_envs.video(agent, run_dir / "videos" / f"{global_step}.mp4", seed=args.seed)
+        watch.lap("checkpoint")
+        if broken:
+            fail(
+                f"stopped at step {global_step} by non-finite {', '.join(nonfinite)}; kept as checkpoints/{global_step}.pt",
+                code=1,
+            )
+        if stop_signals:
+            say(f"stopped by {signal.Signals(stop_signals[0]).name} after step {global_step}; --resume goes on")
+            raise SystemExit(128 + stop_signals[0])
+
+    bar.close()
+    lock.close()
+    print_summary(run_dir, first_scalars, last_scalars, watch if args.profile else {})
+
+
+def main():
+    if sys.argv[1:2] == ["train"]:
+        del sys.argv[1]
+        train(parse_args(Args))
+    else:
+        toy(parse_args(ToyArgs))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        fail("CUDA is out of memory: use a smaller --minibatch-size or --num-envs, or --no-cuda", code=1)
