@@ -363,17 +363,17 @@ class Agent(nn.Module):
 
     An action is the Normal's sample u, before tanh (TanhNormal) or clipping (Gaussian)."""
 
-    def __init__(self, obs_dim, action_dim, args):
+    def __init__(self, envs, args):
         super().__init__()
-        width, self.action_dim, self.policy_std = args.width, action_dim, args.policy_std
+        width, self.action_dim, self.policy_std = args.width, envs.action_dim, args.policy_std
         self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
         self.squash = args.policy == "tanh_normal"
         # tanh(u) clamped to 1 - 1e-6, as the authors' code does before it scores an action
         self.max_action = math.atanh(1 - 1e-6) if self.squash and args.action_logprob == "clamped" else math.inf
-        self.actor_trunk = nn.Sequential(nn.Linear(obs_dim, width), self.activation, nn.Linear(width, width))
-        self.actor_head = nn.Linear(width, 2 * action_dim if args.policy_std == "state" else action_dim)
-        self.actor_raw_scale = nn.Parameter(torch.zeros(action_dim)) if args.policy_std == "free" else None
-        self.critic_trunk = nn.Sequential(nn.Linear(obs_dim, width), self.activation, nn.Linear(width, width))
+        self.actor_trunk = nn.Sequential(nn.Linear(envs.obs_dim, width), self.activation, nn.Linear(width, width))
+        self.actor_head = nn.Linear(width, 2 * self.action_dim if args.policy_std == "state" else self.action_dim)
+        self.actor_raw_scale = nn.Parameter(torch.zeros(self.action_dim)) if args.policy_std == "free" else None
+        self.critic_trunk = nn.Sequential(nn.Linear(envs.obs_dim, width), self.activation, nn.Linear(width, width))
         if args.share_trunk:
             self.critic_trunk = self.actor_trunk
         self.critic_head = nn.Linear(width, 1)
@@ -635,16 +635,18 @@ def capacity_target(target, frames, index):
     return frames, index, *(torch.cat(parts) for parts in zip(*outputs))
 
 
-def capacity_loss(agent, args, frames, index, target_policies, target_values):
+def capacity_loss(agent, args, frames, index, target_policies, target_values, adam_state=None):
     """What is left of the loss when a copy of the networks was fitted to a random target (section 2, "Capacity loss").
 
-    The actor's loss is the mean KL(target || copy), the critic's the mean squared error. A fresh Adam with the run's
-    settings takes `capacity_epochs` over the data; each fit shuffles alike and touches no other random generator.
+    The actor's loss is the mean KL(target || copy), the critic's the mean squared error. Adam with the run's settings, fresh
+    or from `adam_state`, takes `capacity_epochs` over the data; each fit shuffles alike and touches no other random generator.
     Returns floats: `actor` and `critic` on all data after the fit, and the same `_last_minibatch` before the last step.
     """
     device = target_values.device
     copied = copy.deepcopy(agent)
     optimizer, vector = make_optimizer(copied, args)
+    if adam_state:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": adam_state})
     generator = torch.Generator().manual_seed(args.seed)
 
     def losses(rows):
@@ -900,9 +902,9 @@ def main():
     torch.backends.cudnn.deterministic = True
     envs = Envs(args, args.num_envs, stream=0, obs_stats=saved and saved["obs_stats"])
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
-    target = Agent(envs.obs_dim, envs.action_dim, args).to(device)
+    target = Agent(envs, args).to(device)
     torch.manual_seed(args.seed)
-    agent = Agent(envs.obs_dim, envs.action_dim, args).to(device)
+    agent = Agent(envs, args).to(device)
     optimizer, vector = make_optimizer(agent, args)
     mask_rng = np.random.default_rng([args.seed, 1])
     gradient = ppo_gradient

@@ -115,7 +115,7 @@ def test_every_episode_has_a_seed_of_its_own():
 
 def test_collected_states_are_what_the_agent_visits():
     envs = make_envs("Hopper-v4", num_envs=4)
-    agent = script.Agent(envs.obs_dim, envs.action_dim, script.Args())
+    agent = script.Agent(envs, script.Args())
     states, index = envs.collect(agent, 100, seed=0)
     assert states.shape == (100, envs.obs_dim) and index.tolist() == list(range(100))
     assert len({tuple(state.tolist()) for state in states}) == 100

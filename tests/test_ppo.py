@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import torch.nn as nn
 import ppo_mujoco as script
 
 OBS_DIM, ACTION_DIM, BATCH = 7, 3, 32
+ENVS = SimpleNamespace(obs_dim=OBS_DIM, action_dim=ACTION_DIM)
 
 
 def make_agent(**flags):
     torch.manual_seed(0)
-    return script.Agent(OBS_DIM, ACTION_DIM, script.Args(**flags))
+    return script.Agent(ENVS, script.Args(**flags))
 
 
 def make_minibatch(agent, seed=0):
@@ -293,7 +295,7 @@ def test_evaluate_in_chunks_is_the_forward():
 
 def test_target_fitting_reduces_the_loss_and_touches_nothing():
     args = script.Args(capacity_epochs=4)
-    agent, target = make_agent(), script.Agent(OBS_DIM, ACTION_DIM, args)
+    agent, target = make_agent(), script.Agent(ENVS, args)
     states = torch.randn(1000, OBS_DIM)
     data = script.capacity_target(target, states, torch.arange(1000))
     weights, state = copy.deepcopy(agent.state_dict()), torch.get_rng_state()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_the_time_limit_ends_the_return_or_not(run, limit, low, high):
     weights = final_weights(run_dir)
     import ppo_mujoco
 
-    agent = ppo_mujoco.Agent(3, 1, ppo_mujoco.Args())
+    agent = ppo_mujoco.Agent(SimpleNamespace(obs_dim=3, action_dim=1), ppo_mujoco.Args())
     agent.load_state_dict(weights)
     times = torch.linspace(-1, 0.8, 10)
     with torch.no_grad():
