@@ -31,6 +31,12 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
+def fail(message, code=2):
+    """Say on one line of stderr what is wrong and exit with `code`."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 @dataclass
 class Args:
     """Capacity loss of the kept checkpoints of one or many runs. The defaults are those of the run."""
@@ -79,12 +85,6 @@ class Args:
             "controls" if self.controls else "",
         )
         return "-".join(part for part in parts if part) or "default"
-
-
-def fail(message, code=2):
-    """Say on one line of stderr what is wrong and exit with `code`."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def say(message):

@@ -45,6 +45,12 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
+def fail(message, code=2):
+    """Say on one line of stderr what is wrong and exit with `code`."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 @dataclass
 class Args:
     """PPO-Clip on Atari with the diagnostics and interventions of arXiv 2405.00662. Intervals are fractions of the
@@ -52,13 +58,13 @@ class Args:
 
     # Experiment
     env_id: str = "ALE/Phoenix-v5"
-    """Gymnasium task with a flat Box observation and a bounded Box action"""
+    """a game of the Arcade Learning Environment (the paper: Phoenix, NameThisGame, DoubleDunk, Qbert, Gravitar, BattleZone)"""
     seed: int = 1
     """seed of every random generator (the paper: 25, 7, 64, 27, 4)"""
     total_timesteps: int = 100_000_000
-    """environment steps of the whole run (may change on --resume)"""
+    """environment steps, on Atari frames, of the whole run (may change on --resume)"""
     torch_threads: int = 0
-    """CPU threads of torch; networks this small are fastest with one"""
+    """CPU threads of torch (small networks are fastest with one); 0: torch's own choice"""
     cuda: bool = True
     """use a CUDA device where there is one"""
     tf32: bool = False
@@ -207,12 +213,6 @@ class Args:
             fail("--resume needs the --run-name of the run to go on with")
         if self.track and find_spec("wandb") is None:
             fail("--track needs Weights & Biases: pip install wandb")
-
-
-def fail(message, code=2):
-    """Say on one line of stderr what is wrong and exit with `code`."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def say(message):

@@ -41,6 +41,12 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
+def fail(message, code=2):
+    """Say on one line of stderr what is wrong and exit with `code`."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 @dataclass
 class Args:
     """PPO-Clip on MuJoCo with the diagnostics and interventions of arXiv 2405.00662. Intervals are fractions of the
@@ -52,9 +58,9 @@ class Args:
     seed: int = 1
     """seed of every random generator (the paper: 25, 7, 64, 27, 4)"""
     total_timesteps: int = 5_000_000
-    """environment steps of the whole run (may change on --resume)"""
+    """environment steps, on Atari frames, of the whole run (may change on --resume)"""
     torch_threads: int = 1
-    """CPU threads of torch; networks this small are fastest with one"""
+    """CPU threads of torch (small networks are fastest with one); 0: torch's own choice"""
     cuda: bool = True
     """use a CUDA device where there is one"""
     compile: bool = False
@@ -166,13 +172,13 @@ class Args:
                 fail(f"{flag} is {value}: it must be a finite number")
             if name in ("learning_rate", "clip_coef", "max_grad_norm") and value <= 0:
                 fail(f"{flag} is {value}: it must be greater than 0")
-            if name.endswith(("_coef", "seed", "_kl", "_patience")) and value < 0:
+            if name.endswith(("_coef", "seed", "_kl", "_patience", "_threads")) and value < 0:
                 fail(f"{flag} is {value}: it must be 0 or greater")
             if name.endswith(("_interval", "gamma", "_lambda", "_prob")) and not 0 <= value <= 1:
                 fail(f"{flag} is {value}: it must be between 0 and 1")
             if name.startswith("adam_") and not 0 <= value < 1:
                 fail(f"{flag} is {value}: it must be at least 0 and less than 1")
-            if type(value) is int and name != "seed" and value < 1:
+            if type(value) is int and name not in ("seed", "torch_threads") and value < 1:
                 fail(f"{flag} is {value}: it must be 1 or greater")
         if self.seed >= 2**32:
             fail(f"--seed is {self.seed}: it must be less than 2**32")
@@ -191,12 +197,6 @@ class Args:
             fail("--resume needs the --run-name of the run to go on with")
         if self.track and find_spec("wandb") is None:
             fail("--track needs Weights & Biases: pip install wandb")
-
-
-def fail(message, code=2):
-    """Say on one line of stderr what is wrong and exit with `code`."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def say(message):
@@ -358,6 +358,11 @@ def layer_outputs(trunk, x):
     return outputs
 
 
+def log_tanh_slope(u):
+    """log(1 - tanh(u)^2), which stays exact where tanh(u) rounds to 1."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
 class Agent(nn.Module):
     """Actor and critic. A policy is one tensor (B, 2A): for each action dimension loc and the raw scale of a Normal.
 
@@ -449,11 +454,6 @@ class Agent(nn.Module):
     def variance(self, policy):
         """Variance over the states (B,) of each loc and scale, averaged."""
         return torch.cat(self.normal(policy), -1).var(0).mean()
-
-
-def log_tanh_slope(u):
-    """log(1 - tanh(u)^2), which stays exact where tanh(u) rounds to 1."""
-    return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 @torch.no_grad()
@@ -898,7 +898,8 @@ def main():
 
     random.seed(args.seed)
     np.random.seed(args.seed)
-    torch.set_num_threads(args.torch_threads)
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = True
     envs = Envs(args, args.num_envs, stream=0, obs_stats=saved and saved["obs_stats"])
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed

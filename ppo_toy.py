@@ -40,6 +40,12 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
+def fail(message, code=2):
+    """Say on one line of stderr what is wrong and exit with `code`."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 @dataclass
 class ToyArgs:
     """The two-state toy of section 3.2.1 (Figure 5), or with --states its generalisation to many states and ranks."""
@@ -66,7 +72,7 @@ class ToyArgs:
     """actions of its policy"""
     features_rank: tuple[int, ...] = ()
     """ranks of its features; none given: 1 to --dim"""
-    num_seeds: int = 30
+    num_seeds: int = 20
     """repetitions that its plot averages over"""
     learn_features: bool = False
     """learn the features too, and add PFO and a full-rank control to the plot"""
@@ -103,12 +109,6 @@ class ToyArgs:
             fail(f"--features-rank {self.features_rank}: every rank must be from 1 to --dim {self.dim}")
         if Path(self.run_name).name != self.run_name or self.run_name == "..":
             fail(f"--run-name {self.run_name} must be the name of a folder, not a path (--runs-dir says where it lies)")
-
-
-def fail(message, code=2):
-    """Say on one line of stderr what is wrong and exit with `code`."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def say(message):
@@ -240,23 +240,22 @@ def two_states(args, alpha, phi, theta):
     return simulate(features, torch.eye(1, dtype=torch.float64), head, [0, 0], torch.ones(2), order, args)
 
 
-def many_states(args, rank, seed, pfo_coef=0.0, learn_features=False):
-    """The ratios (n,) of n states after all epochs, when their d-dimensional features have the given rank.
+def random_states(args, rank, seed):
+    """The generalised toy: what `simulate` takes first, for n states whose d-dimensional features have the given rank.
 
     The features are the first `rank` columns of a random orthogonal matrix, scaled to a mean squared norm of 1: orthonormal
     if the rank is n, collinear if it is 1. Each state has an action sampled from the policy and a standard normal advantage.
     """
     generator = torch.Generator().manual_seed(seed)
     n, dim = args.states, args.dim
-    inputs, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    inputs = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0][:, :dim]
     trunk = torch.diag((torch.arange(dim) < rank).double() * math.sqrt(n / rank))
     head = torch.randn(dim, args.actions, generator=generator, dtype=torch.float64) / math.sqrt(dim)
-    probs = (inputs[:, :dim] @ trunk @ head).softmax(-1)
+    probs = (inputs @ trunk @ head).softmax(-1)
     actions = torch.multinomial(probs, 1, generator=generator).squeeze(1)
     advantages = torch.randn(n, generator=generator, dtype=torch.float64)
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(args.epochs)]).tolist()
-    ratios, _ = simulate(inputs[:, :dim], trunk, head, actions, advantages, order, args, pfo_coef, learn_features)
-    return ratios[-1]
+    return inputs, trunk, head, actions, advantages, order
 
 
 def print_two_states(alpha, ratios, clipped):
@@ -298,8 +297,8 @@ def toy(args):
             means, errors = [], []
             for rank in sorted({*ranks, args.dim}) if args.learn_features else ranks:
                 seeds = range(args.seed, args.seed + args.num_seeds)
-                ratios = [many_states(args, rank, seed, **flags) for seed in seeds]
-                stats = [ratio_stats(r.log(), args.clip_coef) for r in ratios]
+                runs = [simulate(*random_states(args, rank, seed), args, **flags)[0] for seed in seeds]
+                stats = [ratio_stats(ratios[-1].log(), args.clip_coef) for ratios in runs]
                 values = np.array([[s[key] for key in keys] for s in stats])
                 means.append(np.nanmean(values, 0))
                 errors.append(np.nanstd(values, 0, ddof=1) / np.sqrt((~np.isnan(values)).sum(0)))
@@ -346,13 +345,13 @@ class Args:
 
     # Experiment
     env_id: str = "CartPole-v1"
-    """Gymnasium task with a flat Box observation and a bounded Box action"""
+    """Gymnasium task with a flat Box observation and a Discrete action"""
     seed: int = 1
     """seed of every random generator (the paper: 25, 7, 64, 27, 4)"""
     total_timesteps: int = 100_000
-    """environment steps of the whole run (may change on --resume)"""
+    """environment steps, on Atari frames, of the whole run (may change on --resume)"""
     torch_threads: int = 1
-    """CPU threads of torch; networks this small are fastest with one"""
+    """CPU threads of torch (small networks are fastest with one); 0: torch's own choice"""
     cuda: bool = True
     """use a CUDA device where there is one"""
     compile: bool = False
@@ -456,13 +455,13 @@ class Args:
                 fail(f"{flag} is {value}: it must be a finite number")
             if name in ("learning_rate", "clip_coef", "max_grad_norm") and value <= 0:
                 fail(f"{flag} is {value}: it must be greater than 0")
-            if name.endswith(("_coef", "seed", "_kl", "_patience")) and value < 0:
+            if name.endswith(("_coef", "seed", "_kl", "_patience", "_threads")) and value < 0:
                 fail(f"{flag} is {value}: it must be 0 or greater")
             if name.endswith(("_interval", "gamma", "_lambda", "_prob")) and not 0 <= value <= 1:
                 fail(f"{flag} is {value}: it must be between 0 and 1")
             if name.startswith("adam_") and not 0 <= value < 1:
                 fail(f"{flag} is {value}: it must be at least 0 and less than 1")
-            if type(value) is int and name != "seed" and value < 1:
+            if type(value) is int and name not in ("seed", "torch_threads") and value < 1:
                 fail(f"{flag} is {value}: it must be 1 or greater")
         if self.seed >= 2**32:
             fail(f"--seed is {self.seed}: it must be less than 2**32")
@@ -1035,7 +1034,8 @@ def train(args):
 
     random.seed(args.seed)
     np.random.seed(args.seed)
-    torch.set_num_threads(args.torch_threads)
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = True
     envs = Envs(args, args.num_envs, stream=0, obs_stats=saved and saved["obs_stats"])
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed

@@ -12,9 +12,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # The smallest run that still has several iterations, log points, capacity fits and checkpoints
 SMALL = {
-    "ppo_mujoco": "--total-timesteps 512 --num-steps 32 --minibatch-size 16 --update-epochs 2 --obs-norm-steps 50 "
-    "--capacity-steps 64 --capacity-epochs 1 --capacity-interval 0.25 --snapshot-interval 0.25 --checkpoint-interval 0.25 "
-    "--log-interval 0.1"
+    script: flags + " --minibatch-size 16 --update-epochs 2 --capacity-epochs 1 --capacity-interval 0.25 "
+    "--snapshot-interval 0.25 --checkpoint-interval 0.25 --log-interval 0.1 --torch-threads 1"
+    for script, flags in {
+        "ppo_mujoco": "--total-timesteps 512 --num-steps 32 --obs-norm-steps 50 --capacity-steps 64",
+        "ppo_atari": "--total-timesteps 768 --num-envs 2 --num-steps 16 --frameskip 3 --capacity-steps 32 --env-threads 1",
+        "ppo_toy": "train --total-timesteps 512 --num-envs 4 --num-steps 16 --capacity-steps 64",
+    }.items()
 }
 
 
