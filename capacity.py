@@ -101,8 +101,9 @@ def parse_args(cls):
     except SystemExit as stop:
         if not stop.code:
             raise
-    box = (line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│"))
-    fail(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) + " (--help lists every flag)")
+    title, *lines = (line.strip("│ ") for line in stderr.getvalue().splitlines())
+    groups = itertools.groupby(lines, lambda line: set(line) <= set("─-╯╰"))  # the box's rules and what is between
+    fail(" ".join(next(list(group) for rule, group in groups if not rule)) + " (--help lists every flag)")
 
 
 class EventLog:
@@ -276,7 +277,7 @@ class Run:
 
     def print(self):
         rows = list(self.table())
-        names = [name for name in (rows[0][1] if rows else ())]
+        names = list(rows[0][1]) if rows else []
         width = 24 if self.args.num_targets > 1 else 12
         print(f"{self.path}: capacity loss, {self.args.settings()}")
         print(f"{'step':>12}" + "".join(f"{name.replace('_last_minibatch', ' last'):>{width + 6}}" for name in names))
@@ -316,7 +317,8 @@ def main():
         if isinstance(outcome, Run):
             bar.update(outcome.fits if args.jobs > 1 else 0)
             bar.clear()
-            outcome.print()
+            if any(outcome.results.values()):
+                outcome.print()
             problems += outcome.problems
         else:
             problems.append(str(outcome))

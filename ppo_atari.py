@@ -229,8 +229,9 @@ def parse_args(cls):
     except SystemExit as stop:
         if not stop.code:
             raise
-    box = (line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│"))
-    fail(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) + " (--help lists every flag)")
+    title, *lines = (line.strip("│ ") for line in stderr.getvalue().splitlines())
+    groups = itertools.groupby(lines, lambda line: set(line) <= set("─-╯╰"))  # the box's rules and what is between
+    fail(" ".join(next(list(group) for rule, group in groups if not rule)) + " (--help lists every flag)")
 
 
 class Envs:
@@ -247,8 +248,8 @@ class Envs:
         games = [name for name in gym.registry if re.fullmatch(r"ALE/\w+-v5", name)]
         if args.env_id not in games:
             plain = re.sub(r"^ALE/|(-ram)?(NoFrameskip|Deterministic)?-v\d+$", "", args.env_id)
-            close = difflib.get_close_matches(f"ALE/{plain}-v5", games, 3, 0.5)
-            hint = f"use {' or '.join(close)}" if close else "use ALE/Phoenix-v5, for example"
+            close = difflib.get_close_matches(f"ALE/{plain}-v5", games, 1, 0.7)
+            hint = f"use {close[0]}" if close else "use ALE/Phoenix-v5, for example"
             if "NoFrameskip" in args.env_id:
                 hint += ", and --frameskip, --sticky, --maxpool, ... for its settings"
             fail(f"--env-id {args.env_id} is not a game with images: {hint}")
@@ -725,28 +726,6 @@ class Stopwatch(dict):
         self.last = now
 
 
-def open_run(run_dir, args):
-    """Make the run's folder with args.json in it. Returns the open lock file that keeps other processes out of the run."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    except BlockingIOError:
-        fail(f"another process is at work on {run_dir}")
-    except OSError as error:
-        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
-    return lock
-
-
-def start_tracking(args):
-    """A Weights & Biases run that goes on if the run does."""
-    import wandb
-
-    name, entity = args.run_name, args.wandb_entity or None
-    return wandb.init(project=args.wandb_project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
-
-
 def save(state, path):
     """Write `state` (tensors and plain values) to `path` at once or not at all. Raises OSError."""
     buffer = io.BytesIO()
@@ -764,6 +743,31 @@ def save(state, path):
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_run(run_dir, args, first_checkpoint):
+    """Make the run's folder with args.json in it, and the checkpoint before training if one is given. Returns the open lock
+    file that keeps other processes out of the run."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        if first_checkpoint:
+            save(first_checkpoint, run_dir / "checkpoints" / "0.pt")
+    except BlockingIOError:
+        fail(f"another process is at work on {run_dir}")
+    except OSError as error:
+        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
+    return lock
+
+
+def start_tracking(args):
+    """A Weights & Biases run that goes on if the run does."""
+    import wandb
+
+    name, entity = args.run_name, args.wandb_entity or None
+    return wandb.init(project=args.wandb_project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
 
 
 def load_latest(run_dir):
@@ -908,17 +912,17 @@ def main():
         torch._inductor.config.fallback_random = True  # the eager script's random numbers
         torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
         gradient = torch.compile(ppo_gradient, fullgraph=True)
+    if args.capture_video:
+        video_envs = Envs(args, 1, stream=4)
+    first_checkpoint = None if saved or not args.snapshot_interval else snapshot(args, 0, 0, agent, optimizer, envs)
+    lock = open_run(run_dir, args, first_checkpoint)
+    tracker = start_tracking(args) if args.track else None
+
     if args.capacity_interval:
         capacity_envs = Envs(args, args.capacity_envs, stream=2)
         collector = target if args.capacity_data == "target" else agent
         states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
         capacity_data = capacity_target(target, *states)
-    if args.capture_video:
-        video_envs = Envs(args, 1, stream=4)
-    lock = open_run(run_dir, args)
-    if args.snapshot_interval and not saved:
-        save(snapshot(args, 0, 0, agent, optimizer, envs), run_dir / "checkpoints" / "0.pt")
-    tracker = start_tracking(args) if args.track else None
     first_iteration, global_step, first_scalars, last_scalars = 0, 0, {}, {}
     next_obs = envs.reset()
     log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}", size=saved["log_size"] if saved else 0)

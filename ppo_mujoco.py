@@ -213,8 +213,9 @@ def parse_args(cls):
     except SystemExit as stop:
         if not stop.code:
             raise
-    box = (line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│"))
-    fail(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) + " (--help lists every flag)")
+    title, *lines = (line.strip("│ ") for line in stderr.getvalue().splitlines())
+    groups = itertools.groupby(lines, lambda line: set(line) <= set("─-╯╰"))  # the box's rules and what is between
+    fail(" ".join(next(list(group) for rule, group in groups if not rule)) + " (--help lists every flag)")
 
 
 class Envs:
@@ -732,28 +733,6 @@ class Stopwatch(dict):
         self.last = now
 
 
-def open_run(run_dir, args):
-    """Make the run's folder with args.json in it. Returns the open lock file that keeps other processes out of the run."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    except BlockingIOError:
-        fail(f"another process is at work on {run_dir}")
-    except OSError as error:
-        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
-    return lock
-
-
-def start_tracking(args):
-    """A Weights & Biases run that goes on if the run does."""
-    import wandb
-
-    name, entity = args.run_name, args.wandb_entity or None
-    return wandb.init(project=args.wandb_project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
-
-
 def save(state, path):
     """Write `state` (tensors and plain values) to `path` at once or not at all. Raises OSError."""
     buffer = io.BytesIO()
@@ -771,6 +750,31 @@ def save(state, path):
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_run(run_dir, args, first_checkpoint):
+    """Make the run's folder with args.json in it, and the checkpoint before training if one is given. Returns the open lock
+    file that keeps other processes out of the run."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        if first_checkpoint:
+            save(first_checkpoint, run_dir / "checkpoints" / "0.pt")
+    except BlockingIOError:
+        fail(f"another process is at work on {run_dir}")
+    except OSError as error:
+        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
+    return lock
+
+
+def start_tracking(args):
+    """A Weights & Biases run that goes on if the run does."""
+    import wandb
+
+    name, entity = args.run_name, args.wandb_entity or None
+    return wandb.init(project=args.wandb_project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
 
 
 def load_latest(run_dir):
@@ -914,11 +918,6 @@ def main():
         torch._inductor.config.fallback_random = True  # the eager script's random numbers
         torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
         gradient = torch.compile(ppo_gradient, fullgraph=True)
-    if args.capacity_interval:
-        capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
-        collector = target if args.capacity_data == "target" else agent
-        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
-        capacity_data = capacity_target(target, *states)
     if args.capture_video:
         video_envs = Envs(args, 1, stream=4, obs_stats=envs.obs_stats, render_mode="rgb_array")
         try:
@@ -926,10 +925,15 @@ def main():
             video_envs.envs[0].render()
         except Exception as error:
             fail(f"--capture-video cannot draw {args.env_id} ({error}); without a screen try MUJOCO_GL=egl or osmesa")
-    lock = open_run(run_dir, args)
-    if args.snapshot_interval and not saved:
-        save(snapshot(args, 0, 0, agent, optimizer, envs), run_dir / "checkpoints" / "0.pt")
+    first_checkpoint = None if saved or not args.snapshot_interval else snapshot(args, 0, 0, agent, optimizer, envs)
+    lock = open_run(run_dir, args, first_checkpoint)
     tracker = start_tracking(args) if args.track else None
+
+    if args.capacity_interval:
+        capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
+        collector = target if args.capacity_data == "target" else agent
+        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
+        capacity_data = capacity_target(target, *states)
     first_iteration, global_step, first_scalars, last_scalars = 0, 0, {}, {}
     next_obs = envs.reset()
     log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}", size=saved["log_size"] if saved else 0)

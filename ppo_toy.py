@@ -125,8 +125,9 @@ def parse_args(cls):
     except SystemExit as stop:
         if not stop.code:
             raise
-    box = (line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│"))
-    fail(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), box)) + " (--help lists every flag)")
+    title, *lines = (line.strip("│ ") for line in stderr.getvalue().splitlines())
+    groups = itertools.groupby(lines, lambda line: set(line) <= set("─-╯╰"))  # the box's rules and what is between
+    fail(" ".join(next(list(group) for rule, group in groups if not rule)) + " (--help lists every flag)")
 
 
 def pfo_loss(preactivations, old_preactivations):
@@ -183,13 +184,35 @@ class EventLog:
             self.size, self.pending = file.tell(), []
 
 
-def open_run(run_dir, args):
-    """Make the run's folder with args.json in it. Returns the open lock file that keeps other processes out of the run."""
+def save(state, path):
+    """Write `state` (tensors and plain values) to `path` at once or not at all. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "latest.pt" and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def open_run(run_dir, args, first_checkpoint):
+    """Make the run's folder with args.json in it, and the checkpoint before training if one is given. Returns the open lock
+    file that keeps other processes out of the run."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        if first_checkpoint:
+            save(first_checkpoint, run_dir / "checkpoints" / "0.pt")
     except BlockingIOError:
         fail(f"another process is at work on {run_dir}")
     except OSError as error:
@@ -279,7 +302,7 @@ def toy(args):
     run_dir = Path(args.runs_dir) / args.run_name
     if run_dir.exists():
         fail(f"{run_dir} exists: choose another --run-name")
-    open_run(run_dir, args)
+    open_run(run_dir, args, None)
     log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}")
     import matplotlib.pyplot as plt
 
@@ -891,25 +914,6 @@ def start_tracking(args):
     return wandb.init(project=args.wandb_project, entity=entity, name=name, id=name, resume="allow", config=asdict(args))
 
 
-def save(state, path):
-    """Write `state` (tensors and plain values) to `path` at once or not at all. Raises OSError."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == "latest.pt" and path.exists():
-            os.replace(path, path.with_name("previous.pt"))
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def load_latest(run_dir):
     """The state that a run can go on from: `latest.pt`, or the one before if that cannot be read; None if there is none."""
     paths = [path for path in (run_dir / "latest.pt", run_dir / "previous.pt") if path.exists()]
@@ -1050,11 +1054,6 @@ def train(args):
         torch._inductor.config.fallback_random = True  # the eager script's random numbers
         torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
         gradient = torch.compile(ppo_gradient, fullgraph=True)
-    if args.capacity_interval:
-        capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
-        collector = target if args.capacity_data == "target" else agent
-        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
-        capacity_data = capacity_target(target, *states)
     if args.capture_video:
         video_envs = Envs(args, 1, stream=4, obs_stats=envs.obs_stats, render_mode="rgb_array")
         try:
@@ -1062,10 +1061,15 @@ def train(args):
             video_envs.envs[0].render()
         except Exception as error:
             fail(f"--capture-video cannot draw {args.env_id}: {error}")
-    lock = open_run(run_dir, args)
-    if args.snapshot_interval and not saved:
-        save(snapshot(args, 0, 0, agent, optimizer, envs), run_dir / "checkpoints" / "0.pt")
+    first_checkpoint = None if saved or not args.snapshot_interval else snapshot(args, 0, 0, agent, optimizer, envs)
+    lock = open_run(run_dir, args, first_checkpoint)
     tracker = start_tracking(args) if args.track else None
+
+    if args.capacity_interval:
+        capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
+        collector = target if args.capacity_data == "target" else agent
+        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
+        capacity_data = capacity_target(target, *states)
     first_iteration, global_step, first_scalars, last_scalars = 0, 0, {}, {}
     next_obs = envs.reset()
     log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}", size=saved["log_size"] if saved else 0)
