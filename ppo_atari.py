@@ -865,8 +865,8 @@ def print_summary(run_dir, first_scalars, last_scalars, seconds):
         "capacity/critic",
     ):
         print(f"{tag:40}{first_scalars.get(tag, math.nan):12.4g}{last_scalars.get(tag, math.nan):12.4g}")
-    if seconds:
-        print("time: " + ", ".join(f"{name} {part / sum(seconds.values()):.1%}" for name, part in seconds.items()))
+    for name, part in seconds.items():
+        print(f"time in {name:12}{part:10.2f} s {part / sum(seconds.values()):6.1%}")
 
 
 def main():
