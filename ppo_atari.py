@@ -352,6 +352,7 @@ class Envs:
 
     def load_state_dict(self, state):
         """Bring every game back by playing it again, side by side, so that all arrive together."""
+        self.envs.reset(seed=0)  # as in reset()
         self.seeds, self.returns = list(state["seeds"]), list(state["returns"])
         self.actions = [actions.tolist() for actions in state["actions"]]
         longest = max(map(len, self.actions))
