@@ -86,6 +86,17 @@ def test_the_lowest_windows_do_not_overlap_and_pass_over_gaps(notebook):
     assert len(notebook.lowest_windows(table.iloc[:25], "below", 1000)) == 3  # ended early
 
 
+def test_the_share_of_the_gain_that_is_kept(notebook):
+    up, down = np.linspace(0, 100, 500), np.full(500, 10.0)
+    assert notebook.kept_gain(series(up), 5000) == pytest.approx(1, abs=0.03)
+    kept = notebook.kept_gain(series([*up, *down]), 10_000)
+    assert kept == pytest.approx(10 / notebook.smooth(series(up)).max())
+    gaps = series([*up, *down])
+    gaps.iloc[::3] = np.nan
+    assert notebook.kept_gain(gaps, 10_000) == pytest.approx(kept, rel=0.05)
+    assert np.isnan(notebook.kept_gain(series(-up), 5000)) and np.isnan(notebook.kept_gain(series([]), 100))
+
+
 def test_rank_agreement_is_that_of_scipy(notebook):
     rng = np.random.default_rng(0)
     ranks = pd.DataFrame({f"representation/actor/{name}": rng.integers(1, 64, 50) for name in notebook.RANKS})
