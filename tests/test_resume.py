@@ -38,10 +38,7 @@ def call(script, tmp_path, name, flags="", **kwargs):
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_killed_and_resumed_is_never_killed(tmp_path, script, flags):
     """kill -9 at random points of a run, until it is done."""
-    if script == "ppo_toy" or flags:
-        kills = 2
-    else:
-        kills = int(os.environ.get("KILLS", 5))
+    kills = int(os.environ.get("KILLS", 2 if flags else 5))
     started = time.monotonic()
     assert call(script, tmp_path, "whole", flags).returncode == 0
     duration = time.monotonic() - started
