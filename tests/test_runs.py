@@ -1,9 +1,11 @@
 """Whole runs of the training scripts."""
 
+import importlib
 import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import final_weights, read_scalars, same_scalars, same_weights
@@ -143,6 +145,41 @@ def test_the_time_limit_ends_the_return_or_not(run, limit, low, high):
     if limit == "terminate":
         expected = (1 - 0.9 ** torch.arange(10, 0, -1)) / 0.1
         torch.testing.assert_close(values, expected, atol=0.7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [("ppo_mujoco", ""), ("ppo_toy", "--num-steps 32"), ("ppo_atari", "--max-episode-frames 30 --time-limit bootstrap")],
+)
+def test_the_next_values_are_those_of_the_true_next_observations(run, monkeypatch, script, flags):
+    """Every next value that GAE gets is the critic's for what the step led to: at an episode's end its last observation."""
+    module = importlib.import_module(script)
+    step, evaluate, compute_gae = module.Envs.step, module.evaluate, module.compute_gae
+    steps, agents, ends = [], [], 0
+
+    def recording_step(self, actions):
+        outcome = step(self, actions)
+        steps.append((np.array(outcome[0]), np.logical_or(*outcome[2:4]), list(outcome[4])))
+        return outcome
+
+    def checking_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+        nonlocal ends
+        for t, (next_obs, ended, final_obs) in enumerate(steps[-len(rewards) :]):
+            true_obs, final_obs = next_obs.copy(), iter(final_obs)
+            for i in np.flatnonzero(ended):
+                true_obs[i] = next(final_obs)
+                assert not np.array_equal(true_obs[i], next_obs[i])
+            expected = agents[-1](torch.from_numpy(true_obs))[1]
+            torch.testing.assert_close(next_values[t], expected.detach(), rtol=1e-3, atol=1e-4)
+            assert dones[t].tolist() == ended.tolist()
+            ends += ended.sum()
+        return compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda)
+
+    monkeypatch.setattr(module.Envs, "step", recording_step)
+    monkeypatch.setattr(module, "evaluate", lambda agent, *args: agents.append(agent) or evaluate(agent, *args))
+    monkeypatch.setattr(module, "compute_gae", checking_gae)
+    run(script, flags + " --capacity-interval 0")
+    assert ends >= 4
 
 
 def test_a_masked_reward_is_not_learned_but_logged(run):
