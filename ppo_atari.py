@@ -411,7 +411,7 @@ class Agent(nn.Module):
 
     def actor(self, obs):
         """obs (B, 4, 84, 84) uint8 -> policy (B, A), preactivations (list), and the scaled observations."""
-        x = (obs / 255).contiguous(memory_format=torch.channels_last)  # on a CPU half the time of a gradient step
+        x = (obs / 255).contiguous(memory_format=torch.channels_last)  # up to a quarter off a gradient step on a CPU
         outputs = layer_outputs(self.actor_trunk, x)
         return self.actor_head(self.activation(outputs[-1])).log_softmax(-1), outputs, x
 
