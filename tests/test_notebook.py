@@ -159,7 +159,7 @@ def test_the_notebook_runs_head_to_tail_on_small_runs(tmp_path, monkeypatch):
     executed = nbformat.from_dict(json.loads(json.dumps(NOTEBOOK)))
     NotebookClient(executed, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 9
     assert len(list((tmp_path / "runs").iterdir())) == 13
 
 
