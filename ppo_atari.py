@@ -1074,9 +1074,10 @@ def main():
         watch.lap("logging")
 
         # Checkpoint
+        stopping = bool(stop_signals)  # looked at once: a signal that comes while saving waits for the next iteration
         keep = due(args.snapshot_interval, iteration, num_iterations) or broken
         resumable = args.checkpoint_interval > 0 and not broken
-        resumable = resumable and (due(args.checkpoint_interval, iteration, num_iterations) or bool(stop_signals))
+        resumable = resumable and (due(args.checkpoint_interval, iteration, num_iterations) or stopping)
         if log.pending or keep or resumable:
             try:
                 log.flush()
@@ -1104,7 +1105,7 @@ def main():
                 f"stopped at step {global_step} by non-finite {', '.join(nonfinite)}; kept as checkpoints/{global_step}.pt",
                 code=1,
             )
-        if stop_signals:
+        if stopping:
             say(f"stopped by {signal.Signals(stop_signals[0]).name} after step {global_step}; --resume goes on")
             raise SystemExit(128 + stop_signals[0])
 

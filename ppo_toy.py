@@ -1219,9 +1219,10 @@ def train(args):
         watch.lap("logging")
 
         # Checkpoint
+        stopping = bool(stop_signals)  # looked at once: a signal that comes while saving waits for the next iteration
         keep = due(args.snapshot_interval, iteration, num_iterations) or broken
         resumable = args.checkpoint_interval > 0 and not broken
-        resumable = resumable and (due(args.checkpoint_interval, iteration, num_iterations) or bool(stop_signals))
+        resumable = resumable and (due(args.checkpoint_interval, iteration, num_iterations) or stopping)
         if log.pending or keep or resumable:
             try:
                 log.flush()
@@ -1249,7 +1250,7 @@ def train(args):
                 f"stopped at step {global_step} by non-finite {', '.join(nonfinite)}; kept as checkpoints/{global_step}.pt",
                 code=1,
             )
-        if stop_signals:
+        if stopping:
             say(f"stopped by {signal.Signals(stop_signals[0]).name} after step {global_step}; --resume goes on")
             raise SystemExit(128 + stop_signals[0])
 
