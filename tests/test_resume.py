@@ -1,5 +1,6 @@
 """A run that is killed and resumed is, bit for bit, the run that was never killed; and faults on the way."""
 
+import importlib
 import json
 import os
 import random
@@ -84,6 +85,28 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, script, number):
     assert (run_dir / "latest.pt").exists()
     assert call(script, tmp_path, "run", flags + " --resume").returncode == 0
     assert same_weights(tmp_path / "whole", run_dir) and same_scalars(tmp_path / "whole", run_dir)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_that_comes_while_saving_waits_for_the_next_iteration(run, monkeypatch, script):
+    module, whole = importlib.import_module(script), run(script, "--checkpoint-interval 1", name="whole")
+    save = module.save
+
+    def interrupted_save(state, path):
+        save(state, path)
+        if path.parent.name == "checkpoints" and path.stem != "0":
+            monkeypatch.setattr(module, "save", save)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "save", interrupted_save)
+    with pytest.raises(SystemExit) as stop:
+        run(script, "--checkpoint-interval 1", name="run")
+    run_dir = whole.with_name("run")
+    assert stop.value.code == 128 + signal.SIGTERM
+    del stop  # and with it the lock on the run
+    assert torch.load(run_dir / "latest.pt", weights_only=True)["iteration"] > 1
+    run(script, "--checkpoint-interval 1 --resume", name="run")
+    assert same_weights(whole, run_dir) and same_scalars(whole, run_dir)
 
 
 def test_resume_starts_a_run_that_does_not_exist(tmp_path):
