@@ -35,6 +35,14 @@ def call(script, tmp_path, name, flags="", **kwargs):
     return subprocess.run(command(script, tmp_path, name, flags), capture_output=True, text=True, env=env, **kwargs)
 
 
+def modified(path):
+    """When a file was written, None if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_killed_and_resumed_is_never_killed(tmp_path, script, flags):
@@ -43,19 +51,26 @@ def test_killed_and_resumed_is_never_killed(tmp_path, script, flags):
     started = time.monotonic()
     assert call(script, tmp_path, "whole", flags).returncode == 0
     duration = time.monotonic() - started
-    rng, killed_alive = random.Random(0), 0
-    for _ in range(kills):
+    run_dir, rng, places = tmp_path / "killed", random.Random(0), []
+    latest = run_dir / "latest.pt"
+    for kill in range(kills):
+        before = modified(latest)
         process = subprocess.Popen(
             command(script, tmp_path, "killed", flags + " --resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        run_dir = tmp_path / "killed"
-        while not (run_dir / "latest.pt").exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0.3, 1.0) * duration / (kills + 2))
-        killed_alive += process.poll() is None
+        if kill % 4 == 3:  # anywhere in the start, the replay included
+            time.sleep(rng.uniform(0, duration / 2))
+        else:  # soon after it has saved for the first time
+            while modified(latest) in (before, None) and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, duration / 4 / kills))
+        alive = process.poll() is None
         process.kill()
         process.wait()
-    assert killed_alive > 0
+        if alive:
+            left = latest if latest.exists() else run_dir / "previous.pt"  # killed between the two renames of a save
+            places.append(torch.load(left, weights_only=True)["iteration"])
+    assert len(set(places)) > kills // 2, places  # killed while it was training, and at different places
     finished = call(script, tmp_path, "killed", flags + " --resume")
     assert finished.returncode == 0, finished.stderr
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
