@@ -271,6 +271,7 @@ class Envs:
             max_num_frames_per_episode=args.max_episode_frames,
         )
         self.envs = AtariVectorEnv(self.game, num_envs, **self.settings | emulator_flags)
+        self.envs.reset(seed=0)  # all must be reset together once before one can be alone
         self.num_envs, self.action_dim, self.sign_reward = num_envs, int(self.envs.single_action_space.n), args.sign_reward
         self.rng = np.random.default_rng([args.seed, stream])
         self.seeds, self.actions, self.returns = [0] * num_envs, [[] for _ in range(num_envs)], [0.0] * num_envs
@@ -285,7 +286,6 @@ class Envs:
         return self.last_obs
 
     def reset(self):
-        self.envs.reset(seed=0)  # the emulators want one before they begin single games
         return self.start(np.ones(self.num_envs, bool))
 
     def step(self, actions):
@@ -352,7 +352,6 @@ class Envs:
 
     def load_state_dict(self, state):
         """Bring every game back by playing it again, side by side, so that all arrive together."""
-        self.envs.reset(seed=0)  # as in reset()
         self.seeds, self.returns = list(state["seeds"]), list(state["returns"])
         self.actions = [actions.tolist() for actions in state["actions"]]
         longest = max(map(len, self.actions))
