@@ -147,9 +147,27 @@ def test_every_arm_has_a_name(notebook):
             {"reward_keep_prob": 0.1},
             {"action_logprob": "sampled"},
             {"clip_coef": 0.05},
+            {"clip_coef": 0.1},
+            {"adam_beta1": 0.5},
+            {"pfo_coef": 1.0, "pfo_reduction": "sum"},
         )
     }
-    assert len(names) == 9
+    assert len(names) == 12 and "no intervention" not in names
+
+
+def test_runs_of_other_settings_are_told_apart(notebook):
+    import ppo_atari
+    import ppo_mujoco
+    import ppo_toy
+
+    for script in (ppo_mujoco, ppo_atari, ppo_toy):
+        apart = script.Args(
+            seed=3, update_epochs=2, activation="relu", clip_coef=0.3, pfo_coef=1.0, log_interval=0.5, cuda=False
+        )
+        assert notebook.settings(vars(apart)) == ""
+        assert notebook.settings(vars(script.Args(width=32, learning_rate=1e-2))) == "--learning-rate 0.01 --width 32"
+    assert notebook.settings(vars(ppo_atari.Args(sticky=0.0))) == "--sticky 0.0"
+    assert notebook.settings(vars(ppo_mujoco.Args(policy="gaussian"))) == "--policy gaussian"
 
 
 def test_the_notebook_runs_head_to_tail_on_small_runs(tmp_path, monkeypatch):
