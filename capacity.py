@@ -9,6 +9,7 @@ run's own curve. What is done already is skipped, so an interrupted call can sim
 
 import concurrent.futures
 import contextlib
+import fcntl
 import importlib
 import io
 import itertools
@@ -16,7 +17,9 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +32,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
+
+ALL_THREADS = torch.get_num_threads()
 
 
 def fail(message, code=2):
@@ -54,7 +59,8 @@ class Args:
     optimizer: Literal["fresh", "loaded"] = "fresh"
     """Adam's moments: none, or the checkpoint's (the paper calls both valid)"""
     controls: bool = False
-    """fit also a freshly initialised network, and the heads alone on the checkpoint's frozen features"""
+    """fit also a freshly initialised network (on the first checkpoint's data, where each has its own), and the heads alone
+    on the checkpoint's frozen features; both with a fresh Adam"""
     jobs: int = 1
     """runs side by side"""
     cuda: bool = False
@@ -83,6 +89,7 @@ class Args:
             self.data if self.data != "run" else "",
             "loaded" if self.optimizer == "loaded" else "",
             "controls" if self.controls else "",
+            "cuda" if self.cuda else "",
         )
         return "-".join(part for part in parts if part) or "default"
 
@@ -162,7 +169,7 @@ class Run:
     """A run's folder, its checkpoints and what was measured of them before. Raises Unusable."""
 
     def __init__(self, path, args):
-        self.path, self.args, self.problems, self.fits = path, args, [], 0
+        self.path, self.args, self.problems = path, args, []
         if not path.is_dir():
             raise Unusable(f"{path} is not the folder of a run")
         names = [name for name in path.glob("checkpoints/*.pt") if name.stem.isdigit()]
@@ -170,23 +177,44 @@ class Run:
         if not self.checkpoints:
             raise Unusable(f"{path} has no checkpoints (checkpoints/STEP.pt)")
         self.folder = path / f"capacity-{args.settings()}"
+        self.results = self.read()
+
+    def read(self):
+        """What was measured before: {target: {step or "fresh": {name: loss}}}."""
         try:
-            self.results = json.loads((self.folder / "results.json").read_text())
-            assert all(isinstance(by_step, dict) for by_step in self.results.values())
+            results = json.loads((self.folder / "results.json").read_text())
+            assert all(isinstance(by_step, dict) for by_step in results.values())
         except (OSError, ValueError, AssertionError, AttributeError):
-            self.results = {}  # {target: {step or "fresh": {name: loss}}}
+            return {}
+        return results
 
     def missing(self):
         """How many fits are to be done."""
-        steps = [path.stem for path in self.checkpoints] + ["fresh"] * self.args.controls
-        return sum(step not in self.results.get(str(i), {}) for i in range(self.args.num_targets) for step in steps)
+        steps, results = [path.stem for path in self.checkpoints] + ["fresh"] * self.args.controls, self.read()
+        return sum(step not in results.get(str(i), {}) for i in range(self.args.num_targets) for step in steps)
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Keeps other processes out of the results' folder, which is gone again if nothing was written. Raises Unusable."""
+        self.folder.mkdir(exist_ok=True)
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.results = self.read()
+            yield
+        except BlockingIOError:
+            raise Unusable(f"another process is at work on {self.folder}") from None
+        finally:
+            os.close(lock)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def load(self, path):
         """A checkpoint with its agent. Raises Unusable."""
         state, script, run_args = load_checkpoint(path, self.args.allow_module)
         if run_args.capacity_steps < max(run_args.minibatch_size, run_args.capacity_envs):
             raise Unusable(f"{path}: --capacity-steps {run_args.capacity_steps} is less than one minibatch")
-        torch.set_num_threads(run_args.torch_threads or torch.get_num_threads())
+        torch.set_num_threads(run_args.torch_threads or max(1, ALL_THREADS // self.args.jobs))
         try:
             envs = script.Envs(run_args, run_args.capacity_envs, stream=2, obs_stats=state.get("obs_stats"))
         except SystemExit:  # it has said why
@@ -220,29 +248,32 @@ class Run:
                         adam_state = state["optimizer"]["state"] if self.args.optimizer == "loaded" else None
                         losses = script.capacity_loss(agent, fit_args, *data, adam_state=adam_state)
                         if self.args.controls:
-                            agent.groups = [[*agent.actor_head.parameters()], [*agent.critic_head.parameters()]]
-                            heads = script.capacity_loss(agent, fit_args, *data)
-                            losses |= {f"heads_only_{name}": heads[name] for name in ("actor", "critic")}
+                            heads = [(name, p) for name, p in agent.named_parameters() if "trunk" not in name]
+                            agent.groups = [[p for name, p in heads if name.startswith(x)] for x in ("actor", "critic")]
+                            on_frozen = script.capacity_loss(agent, fit_args, *data)
+                            losses |= {f"heads_only_{name}": on_frozen[name] for name in ("actor", "critic")}
                         known[path.stem] = losses
-                        self.fits += 1
                         advance()
                     if self.args.controls and "fresh" not in known:
                         torch.manual_seed((2**31 + run_args.seed) % 2**32)
                         envs = script.Envs(run_args, 1, stream=2, obs_stats=state.get("obs_stats"))
                         fresh = script.Agent(envs, run_args).to(next(agent.parameters()).device)
                         known["fresh"] = script.capacity_loss(fresh, fit_args, *data)
-                        self.fits += 1
                         advance()
                 except Unusable as problem:
                     self.problems.append(str(problem))
-                    continue
-                self.write()
+                except (Exception, SystemExit) as error:  # values of a foreign file can break anything
+                    self.problems.append(f"{path} cannot be measured ({type(error).__name__}: {error})")
+                else:
+                    self.write()
+        self.problems = list(dict.fromkeys(self.problems))  # one line each, not one per target
         return self
 
     def target_data(self, i, script, run_args, state, agent, collector_path):
         """The i-th random target's outputs on the states to fit; target 0 and its states are those of the run itself."""
         envs = script.Envs(run_args, run_args.capacity_envs, stream=2 + 16 * i, obs_stats=state.get("obs_stats"))
-        torch.manual_seed(2**32 - 1 - run_args.seed - 2 * i)
+        other_seed = int(np.random.SeedSequence([run_args.seed, i]).generate_state(1)[0])
+        torch.manual_seed(other_seed if i else 2**32 - 1 - run_args.seed)
         target = script.Agent(envs, run_args).to(next(agent.parameters()).device)
         collector = self.load(collector_path)[3] if collector_path else target
         return script.capacity_target(target, *envs.collect(collector, run_args.capacity_steps, seed=run_args.seed + i))
@@ -291,37 +322,76 @@ class Run:
 def measure_run(path, args, advance=lambda: None):
     """Measure one run: the Run, or the Unusable that says why not."""
     try:
-        return Run(path, args).measure(advance)
+        run = Run(path, args)
+        with run.alone():
+            return run.measure(advance)
     except Unusable as problem:
         return problem
     except OSError as error:
         return Unusable(f"{path} cannot be written ({error.strerror})")
 
 
-def main():
-    args = parse_args(Args)
-    args.check()
+def start_worker(parent):
+    """A worker ends at Ctrl-C without a word, and with the process `parent` that started it."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def measure_side_by_side(args, bar):
+    """What `measure_run` returns for every run, in the order in which they are done."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, start_worker, (os.getpid(),)) as pool:
+        waiting = {pool.submit(measure_run, path, args) for path in args.runs}
+        try:
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, 1, concurrent.futures.FIRST_COMPLETED)
+                bar.update(bar.total - missing_fits(args) - bar.n)
+                yield from (future.result() for future in done)
+        except concurrent.futures.process.BrokenProcessPool:
+            fail("a process ended before it was done (out of memory?): the same call with fewer --jobs goes on", code=1)
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def missing_fits(args):
+    """How many fits are to be done in all runs."""
     total = 0
     for path in args.runs:
         with contextlib.suppress(Unusable):
             total += Run(path, args).missing()
-    bar = tqdm(total=total, unit=" fits", dynamic_ncols=True)
+    return total
+
+
+def main():
+    args = parse_args(Args)
+    args.check()
+    args.runs = tuple(dict.fromkeys(args.runs))
+    bar = tqdm(total=missing_fits(args), unit=" fits", dynamic_ncols=True)
     if args.jobs == 1:
         outcomes = (measure_run(path, args, bar.update) for path in args.runs)
     else:
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(args.jobs, context)
-        outcomes = pool.map(measure_run, args.runs, itertools.repeat(args))
+        outcomes = measure_side_by_side(args, bar)
     problems = []
-    for outcome in outcomes:
-        if isinstance(outcome, Run):
-            bar.update(outcome.fits if args.jobs > 1 else 0)
-            bar.clear()
-            if any(outcome.results.values()):
-                outcome.print()
-            problems += outcome.problems
-        else:
-            problems.append(str(outcome))
+    try:
+        for outcome in outcomes:
+            if isinstance(outcome, Run):
+                bar.clear()
+                if any(outcome.results.values()):
+                    outcome.print()
+                problems += outcome.problems
+            else:
+                problems.append(str(outcome))
+    except KeyboardInterrupt:
+        bar.close()
+        fail("interrupted: the same call goes on", code=130)
     bar.close()
     for problem in problems[:-1]:
         say(f"error: {problem}")

@@ -236,9 +236,13 @@ def damaged(state):
     yield "no task", state | {"args": state["args"] | {"env_id": "NoSuchTask-v0"}}
     yield "a module", state | {"args": state["args"] | {"env_id": "antigravity:Task-v0"}}
     yield "nothing to fit", state | {"args": state["args"] | {"capacity_steps": 1}}
+    for name, value in (("width", "abc"), ("width", -3), ("capacity_steps", "x"), ("minibatch_size", 0), ("seed", "x")):
+        yield f"{name} {value}", state | {"args": state["args"] | {name: value}}
+    yield "no epochs", state | {"args": state["args"] | {"capacity_epochs": 0}}
+    yield "weights of no dict", state | {"agent": [1]}
 
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(21))
 def test_capacity_passes_over_damaged_checkpoints(finished_run, workplace, capsys, number):
     import shutil
 
