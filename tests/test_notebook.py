@@ -42,8 +42,12 @@ def test_band_is_mean_and_range_at_the_same_step(notebook):
     halves = notebook.band([a, b], "x", alpha=0.5)
     assert halves["mean"].tolist() == [2, 2.5, 2.75]
     unsmoothed = notebook.band([a, b], "capacity/actor", alpha=0.5)
-    assert unsmoothed["mean"].tolist() == [3, 6, 3]
+    assert unsmoothed["mean"].tolist() == [3, 3.5, 3]  # a's gap is filled with what it was
     assert notebook.band([a, b], "missing").empty
+    steady, seldom = series([100] * 6), series([0, np.nan, 0, np.nan, np.nan, np.nan])
+    returns = [pd.DataFrame({"charts/episodic_return": x, "other": x}) for x in (steady, seldom)]
+    assert notebook.band(returns, "charts/episodic_return", 1.0)["mean"].tolist() == [50] * 6
+    assert notebook.band(returns, "other", 1.0)["mean"].tolist() == [50, 50, 50, 100, 100, 100]
 
 
 def test_the_last_window_is_a_fraction_of_the_planned_run(notebook):
