@@ -10,6 +10,7 @@ run's own curve. What is done already is skipped, so an interrupted call can sim
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import importlib
 import io
 import itertools
@@ -32,8 +33,6 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
-
-ALL_THREADS = torch.get_num_threads()
 
 
 def fail(message, code=2):
@@ -165,11 +164,18 @@ def load_checkpoint(path, allow_module):
     return state, script, args
 
 
+@functools.cache
+def default_threads():
+    """Torch's own number of threads, as it was when this was first called."""
+    return torch.get_num_threads()
+
+
 class Run:
     """A run's folder, its checkpoints and what was measured of them before. Raises Unusable."""
 
     def __init__(self, path, args):
         self.path, self.args, self.problems = path, args, []
+        self.threads = max(1, default_threads() // args.jobs)
         if not path.is_dir():
             raise Unusable(f"{path} is not the folder of a run")
         names = [name for name in path.glob("checkpoints/*.pt") if name.stem.isdigit()]
@@ -214,7 +220,7 @@ class Run:
         state, script, run_args = load_checkpoint(path, self.args.allow_module)
         if run_args.capacity_steps < max(run_args.minibatch_size, run_args.capacity_envs):
             raise Unusable(f"{path}: --capacity-steps {run_args.capacity_steps} is less than one minibatch")
-        torch.set_num_threads(run_args.torch_threads or max(1, ALL_THREADS // self.args.jobs))
+        torch.set_num_threads(run_args.torch_threads or self.threads)
         try:
             envs = script.Envs(run_args, run_args.capacity_envs, stream=2, obs_stats=state.get("obs_stats"))
         except SystemExit:  # it has said why
