@@ -349,6 +349,15 @@ def start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+def missing_fits(args):
+    """How many fits are to be done in all runs."""
+    total = 0
+    for path in args.runs:
+        with contextlib.suppress(Unusable):
+            total += Run(path, args).missing()
+    return total
+
+
 def measure_side_by_side(args, bar):
     """What `measure_run` returns for every run, in the order in which they are done."""
     context = multiprocessing.get_context("spawn")
@@ -365,15 +374,6 @@ def measure_side_by_side(args, bar):
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
-
-
-def missing_fits(args):
-    """How many fits are to be done in all runs."""
-    total = 0
-    for path in args.runs:
-        with contextlib.suppress(Unusable):
-            total += Run(path, args).missing()
-    return total
 
 
 def main():
