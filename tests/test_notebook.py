@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
+import matplotlib
 import nbformat
 import numpy as np
 import pandas as pd
@@ -183,6 +185,20 @@ def test_the_notebook_runs_head_to_tail_on_small_runs(tmp_path, monkeypatch):
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 9
     assert len(list((tmp_path / "runs").iterdir())) == 13
+
+
+def test_a_figure_whose_runs_are_missing_says_which_command_makes_them(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / ".results" / "histories" / "hopper-e10-pfo1-s25.csv.gz", tmp_path)  # nothing without intervention
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    matplotlib.use("Agg")
+    names = {"display": lambda table: None}
+    for cell in NOTEBOOK.cells:
+        if cell.cell_type == "code" and "--profile" not in cell.source:
+            exec(cell.source, names)
+    said = capsys.readouterr().out
+    command = "python ppo_mujoco.py --env-id Hopper-v4 --activation tanh --total-timesteps 300000"
+    assert said.count(f"{command} --seed 25") == 5 and f"{command} --update-epochs 10 --pfo-coef 1 --seed 25" in said
 
 
 def test_the_notebook_is_short_and_holds_its_outputs():
