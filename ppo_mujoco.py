@@ -64,7 +64,7 @@ class Args:
     cuda: bool = True
     """use a CUDA device where there is one"""
     compile: bool = False
-    """compile the gradient step with torch.compile: several times faster after about a minute; same results up to rounding"""
+    """compile the gradient step with torch.compile: up to twice as fast after about a minute; same results up to rounding"""
     runs_dir: str = "runs"
     """folder that holds the runs"""
     run_name: str = ""
@@ -74,7 +74,7 @@ class Args:
     stop_on_nonfinite: bool = False
     """stop at the first non-finite observation, loss or gradient instead of reporting it and going on"""
     capture_video: bool = False
-    """write an mp4 of one episode beside every kept checkpoint (where there is no screen: MUJOCO_GL=egl or osmesa)"""
+    """write an mp4 of one episode beside every checkpoint kept later (where there is no screen: MUJOCO_GL=egl or osmesa)"""
     track: bool = False
     """log to Weights & Biases as well (pip install wandb)"""
     wandb_project: str = "no-representation-no-trust"
@@ -98,7 +98,7 @@ class Args:
     minibatch_size: int = 64
     """samples per gradient step; what is left of the batch after the last full minibatch of an epoch is dropped"""
     update_epochs: int = 10
-    """epochs per batch (the paper: 10, 15, 20)"""
+    """epochs per batch (the paper: MuJoCo 10, 15, 20; Atari 4, 6, 8)"""
     clip_coef: float = 0.2
     """epsilon of PPO-Clip"""
     ent_coef: float = 0.0
@@ -116,7 +116,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"
     """activation function of both networks"""
     width: int = 64
-    """units of each of the two hidden layers"""
+    """units of the hidden linear layers"""
     policy: Literal["tanh_normal", "gaussian"] = "tanh_normal"
     """Normal squashed by tanh into the action's bounds, or Normal clipped to them"""
     policy_std: Literal["state", "free"] = "state"
@@ -126,7 +126,7 @@ class Args:
 
     # Interventions
     pfo_coef: float = 0.0
-    """coefficient of Proximal Feature Optimization, equation 2 (the paper: 1 with tanh, 10 with relu); 0 disables"""
+    """coefficient of Proximal Feature Optimization, equation 2 (the paper: 1; 10 with relu on MuJoCo); 0 disables"""
     pfo_layers: Literal["last", "all"] = "last"
     """PFO on the last hidden layer's preactivations or on those of all hidden layers"""
     pfo_reduction: Literal["mean", "sum"] = "mean"
@@ -178,6 +178,8 @@ class Args:
                 fail(f"{flag} is {value}: it must be between 0 and 1")
             if name.startswith("adam_") and not 0 <= value < 1:
                 fail(f"{flag} is {value}: it must be at least 0 and less than 1")
+            if type(value) is int and name not in ("seed", "total_timesteps") and value >= 2**31:
+                fail(f"{flag} is {value}: it must be less than 2**31")
             if type(value) is int and name not in ("seed", "torch_threads") and value < 1:
                 fail(f"{flag} is {value}: it must be 1 or greater")
         if self.seed >= 2**32:
@@ -191,6 +193,8 @@ class Args:
             fail(f"--total-timesteps {self.total_timesteps} is less than one batch of {batch_size} steps")
         if self.capacity_interval and self.capacity_steps < max(self.minibatch_size, self.capacity_envs):
             fail(f"--capacity-steps {self.capacity_steps} is less than one minibatch or one step per environment")
+        if len(os.fsencode(self.run_name)) > 200:
+            fail("--run-name is longer than 200 bytes, too long for the name of a folder and of its files")
         if Path(self.run_name).name != self.run_name or self.run_name == "..":
             fail(f"--run-name {self.run_name} must be the name of a folder, not a path (--runs-dir says where it lies)")
         if self.resume and not self.run_name:
@@ -317,15 +321,15 @@ class Envs:
 
     def video(self, agent, path, seed):
         """Write one episode of environment 0, or its first 5,000 steps, as an mp4."""
-        act, frames, obs = agent.numpy_actor(), [], self.reset()
-        for noise in agent.noise(self.limit or 5000, 1, torch.Generator().manual_seed(seed)):
-            frames.append(self.envs[0].render())
-            obs, *_ = self.step(act(obs, noise))
-            if self.finished:
-                break
-        self.finished.clear()
+        act, obs = agent.numpy_actor(), self.reset()
         path.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(path, frames, fps=self.envs[0].metadata["render_fps"])
+        with imageio.get_writer(path, fps=self.envs[0].metadata["render_fps"], macro_block_size=2) as video:
+            for noise in agent.noise(self.limit or 5000, 1, torch.Generator().manual_seed(seed)):
+                video.append_data(self.envs[0].render())
+                obs, *_ = self.step(act(obs, noise))
+                if self.finished:
+                    break
+        self.finished.clear()
 
     def state_dict(self):
         return {
@@ -752,18 +756,29 @@ def save(state, path):
         raise
 
 
-def open_run(run_dir, args, first_checkpoint):
-    """Make the run's folder with args.json in it, and the checkpoint before training if one is given. Returns the open lock
-    file that keeps other processes out of the run."""
+def lock_run(run_dir):
+    """The open lock file that keeps other processes out of the run's folder."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        if first_checkpoint:
-            save(first_checkpoint, run_dir / "checkpoints" / "0.pt")
     except BlockingIOError:
         fail(f"another process is at work on {run_dir}")
+    except OSError as error:
+        fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
+    return lock
+
+
+def open_run(run_dir, args, lock, first_states):
+    """Make the run's folder with args.json and the dict `first_states` (path: state) in it. Returns its lock, which may be
+    held already."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=lock is not None)
+        lock = lock or lock_run(run_dir)
+        temporary = run_dir / "args.json.tmp"
+        temporary.write_text(json.dumps(asdict(args), indent=2) + "\n")
+        os.replace(temporary, run_dir / "args.json")
+        for name, state in first_states.items():
+            save(state, run_dir / name)
     except OSError as error:
         fail(f"--runs-dir: {run_dir} cannot be written ({error.strerror}); name a folder that can")
     return lock
@@ -832,6 +847,18 @@ def rng_state(generator):
     }
 
 
+def resume_state(envs, mask_rng, versions, log_size=0, first_scalars=None, last_scalars=None):
+    """What the state that a run goes on from holds besides a checkpoint."""
+    return {
+        "envs": envs.state_dict(),
+        "rng": rng_state(mask_rng),
+        "versions": versions,
+        "log_size": log_size,
+        "first_scalars": first_scalars or {},
+        "last_scalars": last_scalars or {},
+    }
+
+
 def set_rng_state(state, generator):
     """Undo everything that was drawn since `rng_state`."""
     random.setstate(state["python"])
@@ -891,6 +918,7 @@ def main():
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     versions["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    lock = lock_run(run_dir) if args.resume and run_dir.exists() else None
     saved = load_latest(run_dir) if args.resume else None
     if saved:
         check_resumed(args, saved, versions)
@@ -925,8 +953,15 @@ def main():
             video_envs.envs[0].render()
         except Exception as error:
             fail(f"--capture-video cannot draw {args.env_id} ({error}); without a screen try MUJOCO_GL=egl or osmesa")
-    first_checkpoint = None if saved or not args.snapshot_interval else snapshot(args, 0, 0, agent, optimizer, envs)
-    lock = open_run(run_dir, args, first_checkpoint)
+    next_obs, first_states = envs.reset(), {}
+    if not saved:
+        first = snapshot(args, 0, 0, agent, optimizer, envs)
+        if args.snapshot_interval:
+            first_states["checkpoints/0.pt"] = first
+        if args.checkpoint_interval:  # from here on the run can be resumed
+            first_states["latest.pt"] = first | resume_state(envs, mask_rng, versions)
+    lock = open_run(run_dir, args, lock, first_states)
+    stop_signals = catch_signals()
     tracker = start_tracking(args) if args.track else None
 
     if args.capacity_interval:
@@ -935,7 +970,6 @@ def main():
         states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
         capacity_data = capacity_target(target, *states)
     first_iteration, global_step, first_scalars, last_scalars = 0, 0, {}, {}
-    next_obs = envs.reset()
     log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}", size=saved["log_size"] if saved else 0)
     if saved:
         first_iteration, global_step = saved["iteration"], saved["global_step"]
@@ -950,12 +984,11 @@ def main():
     actions = np.zeros((args.num_steps, args.num_envs, envs.action_dim), np.float32)
     rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
     terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
-    if args.capacity_interval and not saved:
+    if args.capacity_interval and first_iteration == 0:
         capacity = capacity_loss(agent, args, *capacity_data)
         log.add({f"capacity/{name}": value for name, value in capacity.items()}, 0)
 
-    stop_signals = catch_signals()
-    nonfinite_said, failing_since = set(), None
+    nonfinite_said, failing_since, unsaved = set(), None, {}
     loss_names = ("policy_loss", "value_loss", "pfo_loss", "actor_grad_norm", "critic_grad_norm")
     log_time, log_iteration = time.perf_counter(), first_iteration
     watch = Stopwatch(synchronize=args.profile and device.type == "cuda")
@@ -1085,29 +1118,35 @@ def main():
         # Checkpoint
         stopping = bool(stop_signals)  # looked at once: a signal that comes while saving waits for the next iteration
         keep = due(args.snapshot_interval, iteration, num_iterations) or broken
-        resumable = args.checkpoint_interval > 0 and not broken
-        resumable = resumable and (due(args.checkpoint_interval, iteration, num_iterations) or stopping)
-        if log.pending or keep or resumable:
+        resumable = due(args.checkpoint_interval, iteration, num_iterations) or stopping or failing_since
+        resumable = resumable and args.checkpoint_interval > 0 and not broken
+        if log.pending or keep or resumable or unsaved:
+            state = snapshot(args, iteration, global_step, agent, optimizer, envs)
+            if keep:
+                unsaved[f"{global_step}.pt"] = state
             try:
                 log.flush()
-                state = snapshot(args, iteration, global_step, agent, optimizer, envs)
-                if keep:
-                    save(state, run_dir / "checkpoints" / f"{global_step}.pt")
+                for name in list(unsaved):
+                    save(unsaved[name], run_dir / "checkpoints" / name)
+                    del unsaved[name]
                 if resumable:
-                    state |= {"envs": envs.state_dict(), "rng": rng_state(mask_rng), "versions": versions}
-                    state |= {"log_size": log.size, "first_scalars": first_scalars, "last_scalars": last_scalars}
-                    save(state, run_dir / "latest.pt")
+                    extra = resume_state(envs, mask_rng, versions, log.size, first_scalars, last_scalars)
+                    save(state | extra, run_dir / "latest.pt")
                 if failing_since:
                     say(f"{run_dir} can be written again")
                 failing_since = None
             except OSError as error:
+                unsaved = copy.deepcopy(unsaved)  # the weights of now, for the next try
                 if not failing_since:
                     say(f"step {global_step}: {run_dir} cannot be written ({error.strerror}); the run goes on and tries again")
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since >= args.save_patience or iteration == num_iterations:
                     fail(f"step {global_step}: {run_dir} could not be written ({error.strerror}), the run stops", code=1)
         if keep and args.capture_video:
-            video_envs.video(agent, run_dir / "videos" / f"{global_step}.mp4", seed=args.seed)
+            try:
+                video_envs.video(agent, run_dir / "videos" / f"{global_step}.mp4", seed=args.seed)
+            except Exception as error:  # a full disk, a renderer that fails: training does not depend on it
+                say(f"step {global_step}: no video ({error!r})")
         watch.lap("checkpoint")
         if broken:
             fail(

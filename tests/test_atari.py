@@ -4,10 +4,12 @@ import resource
 
 import ale_py
 import cv2
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
 from ale_py import roms
+from conftest import same_scalars, same_weights
 
 import ppo_atari as script
 
@@ -150,6 +152,19 @@ def test_a_restored_vector_goes_on_bit_for_bit():
         other.seeds,
         other.actions,
     )
+
+
+def test_videos_are_written_beside_the_kept_checkpoints_and_a_failing_one_costs_nothing(run, monkeypatch, capsys):
+    flags = "--capture-video --max-episode-frames 60 --capacity-interval 0"
+    run_dir = run("ppo_atari", flags, name="filmed")
+    names = {path.stem for path in (run_dir / "checkpoints").iterdir()}
+    assert {path.stem for path in (run_dir / "videos").iterdir()} == names - {"0"}
+    frames = imageio.mimread(run_dir / "videos" / "768.mp4")
+    assert len(frames) == 20 and frames[0].shape == (210, 160, 3) and np.std(frames[-1]) > 1
+    monkeypatch.setattr(script.imageio, "get_writer", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    unfilmed = run("ppo_atari", flags, name="unfilmed")
+    assert "no video (OSError(28" in capsys.readouterr().err
+    assert same_weights(run_dir, unfilmed) and same_scalars(run_dir, unfilmed)
 
 
 def make_agent(**flags):

@@ -73,6 +73,8 @@ EVERYWHERE = [
     ("--share-trunk yes", "yes"),
     ("--run-name a/b", "--run-name"),
     ("--run-name ..", "--run-name"),
+    (f"--run-name {'x' * 201}", "longer than 200 bytes"),
+    (f"--width {2**31}", "less than 2**31"),
     ("--runs-dir file", "cannot be written"),
     ("--resume", "--run-name"),
     ("--track", "pip install wandb"),
@@ -102,6 +104,7 @@ ONE_SCRIPT = [
     ("ppo_atari", "--frameskip -4", "--frameskip"),
     ("ppo_atari", "--sticky 1.5", "--sticky"),
     ("ppo_atari", "--noop-max -1", "--noop-max"),
+    ("ppo_atari", "--noop-max 99999999999", "--noop-max"),
     ("ppo_atari", "--max-episode-frames 0", "--max-episode-frames"),
     ("ppo_atari", "--env-threads -1", "--env-threads"),
     ("ppo_atari", "--policy gaussian", "--policy"),
@@ -269,7 +272,6 @@ def test_capacity_passes_over_files_that_are_no_checkpoints(finished_run, workpl
 
     shutil.copytree(finished_run, workplace / "runs" / "bad")
     (workplace / "runs" / "bad" / "checkpoints" / "128.pt").write_bytes(content)
-    said = None
     sys.argv = ["capacity.py", "runs/bad", "runs/nothing", "runs/taken"]
     with pytest.raises(SystemExit) as stop:
         importlib.import_module("capacity").main()

@@ -85,6 +85,22 @@ def test_killed_and_resumed_is_never_killed(tmp_path, script, flags):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_kill_before_the_first_save_in_training_loses_nothing_but_time(tmp_path, script):
+    flags = "--checkpoint-interval 1 --snapshot-interval 0.05"  # checkpoints are kept long before the state is saved
+    assert call(script, tmp_path, "whole", flags).returncode == 0
+    process = subprocess.Popen(command(script, tmp_path, "killed", flags), stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("killed/checkpoints/*.pt"))) < 3:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    refused = call(script, tmp_path, "killed", flags + " --resume --seed 9")
+    assert refused.returncode == 2 and "--seed was 1 and is 9" in refused.stderr
+    resumed = call(script, tmp_path, "killed", flags + " --resume")
+    assert resumed.returncode == 0 and "goes on at step 0" in resumed.stderr
+    assert same_weights(tmp_path / "whole", tmp_path / "killed") and same_scalars(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_iteration_and_saves(tmp_path, script, number):
     flags = "--checkpoint-interval 1"  # nothing is saved but by the signal
@@ -183,10 +199,11 @@ def test_two_damaged_states_are_not_overwritten(run, capsys):
 def test_a_run_without_resume_state_is_not_overwritten(run, capsys):
     run_dir = run("ppo_toy", "--checkpoint-interval 0")
     assert not (run_dir / "latest.pt").exists()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         run("ppo_toy", "--checkpoint-interval 0 --resume")
     assert stop.value.code == 2 and "keeps no state" in capsys.readouterr().err
-    assert same_weights(run_dir, run_dir)
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
 def test_a_second_process_is_refused(tmp_path):
@@ -233,19 +250,29 @@ def failing_replace(monkeypatch):
 
 def test_a_full_disk_costs_nothing_if_it_passes(run, failing_replace, capsys):
     whole = run("ppo_toy", "--checkpoint-interval 0.1", name="whole")
-    failing_replace(4, 7)
+    failing_replace(6, 11)
     run_dir = run("ppo_toy", "--checkpoint-interval 0.1", name="run")
     said = capsys.readouterr().err
     assert said.count("cannot be written (No space left on device)") == 1 and "can be written again" in said
-    assert same_scalars(whole, run_dir) and same_weights(whole, run_dir)
+    assert same_scalars(whole, run_dir)
+    kept = {path.name: torch.load(path, weights_only=True)["agent"] for path in (whole / "checkpoints").iterdir()}
+    assert kept.keys() == {path.name for path in (run_dir / "checkpoints").iterdir()}  # those that failed were tried again
+    for name, weights in kept.items():
+        saved = torch.load(run_dir / "checkpoints" / name, weights_only=True)["agent"]
+        assert all(torch.equal(saved[key], weights[key]) for key in weights), name
     assert not list(run_dir.rglob("*.tmp"))
 
 
-def test_a_full_disk_that_lasts_stops_the_run_and_keeps_the_last_checkpoint(run, failing_replace, capsys):
+def test_a_full_disk_that_lasts_stops_the_run_and_keeps_the_last_checkpoint(run, monkeypatch, failing_replace, capsys):
+    replace, whole = os.replace, run("ppo_toy", "--checkpoint-interval 0.1", name="whole")
     failing_replace(8, 10**6)
     with pytest.raises(SystemExit) as stop:
         run("ppo_toy", "--checkpoint-interval 0.1 --save-patience 0", name="run")
     assert stop.value.code == 1 and "could not be written" in capsys.readouterr().err
+    del stop  # and with it the lock on the run
+    monkeypatch.setattr(os, "replace", replace)
+    run_dir = run("ppo_toy", "--checkpoint-interval 0.1 --save-patience 0 --resume", name="run")
+    assert same_scalars(whole, run_dir) and same_weights(whole, run_dir)
 
 
 def test_a_folder_that_vanishes(tmp_path):
