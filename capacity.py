@@ -135,6 +135,7 @@ class EventLog:
             for event in self.pending:
                 RecordWriter(file).write(event.SerializeToString())
             file.flush()
+            os.fsync(file.fileno())
             self.size, self.pending = file.tell(), []
 
 

@@ -713,6 +713,7 @@ class EventLog:
             for event in self.pending:
                 RecordWriter(file).write(event.SerializeToString())
             file.flush()
+            os.fsync(file.fileno())
             self.size, self.pending = file.tell(), []
 
 
@@ -790,9 +791,13 @@ def load_latest(run_dir):
     paths = [path for path in (run_dir / "latest.pt", run_dir / "previous.pt") if path.exists()]
     for path in paths:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise almost anything
             say(f"{path} cannot be read ({type(error).__name__}); trying the one before")
+            continue
+        if path != paths[0]:  # the next save must not put the damaged one in the place of the good one
+            paths[0].rename(run_dir / "latest.damaged")
+        return state
     if paths:
         fail(f"no checkpoint of {run_dir} can be read: start again under another --run-name")
     if any(path.name != "0.pt" for path in run_dir.glob("checkpoints/*.pt")):
@@ -835,7 +840,7 @@ def rng_state(generator):
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "generator": generator.bit_generator.state,
     }
 
@@ -858,7 +863,7 @@ def set_rng_state(state, generator):
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     generator.bit_generator.state = state["generator"]
 
 
@@ -961,6 +966,8 @@ def main():
     first_iteration, global_step, first_scalars, last_scalars = 0, 0, {}, {}
     log = EventLog(run_dir / f"events.out.tfevents.{args.run_name}", size=saved["log_size"] if saved else 0)
     if saved:
+        if log.size > (log.path.stat().st_size if log.path.exists() else 0):
+            fail(f"{log.path} is shorter than it was: bring it back, or start again under another --run-name")
         first_iteration, global_step = saved["iteration"], saved["global_step"]
         first_scalars, last_scalars = saved["first_scalars"], saved["last_scalars"]
         agent.load_state_dict(saved["agent"])

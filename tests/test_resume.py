@@ -184,6 +184,22 @@ def test_a_damaged_latest_falls_back_to_the_one_before(run, capsys, damage):
     said = capsys.readouterr().err
     assert "latest.pt cannot be read" in said and f"goes on at step {before}" in said
     assert same_weights(whole, run_dir)
+    assert (run_dir / "latest.damaged").exists()
+    assert torch.load(run_dir / "previous.pt", weights_only=True)["global_step"] >= before  # never the damaged one
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_an_event_file_that_lost_its_end_is_refused(run, capsys, damage):
+    run_dir = run("ppo_toy", "--total-timesteps 256")
+    (events,) = run_dir.glob("events*")
+    content = events.read_bytes()
+    events.unlink() if damage == "gone" else events.write_bytes(content[:-700])
+    with pytest.raises(SystemExit) as stop:
+        run("ppo_toy", "--total-timesteps 512 --resume")
+    assert stop.value.code == 2 and "is shorter than it was" in capsys.readouterr().err
+    del stop
+    events.write_bytes(content)
+    assert same_weights(run("ppo_toy", "--total-timesteps 512 --resume"), run("ppo_toy", name="whole"))
 
 
 def test_two_damaged_states_are_not_overwritten(run, capsys):
