@@ -286,7 +286,8 @@ class Envs:
         for i in np.flatnonzero(which):
             self.seeds[i], self.actions[i], self.returns[i] = int(self.rng.integers(2**31)), [], 0.0
         seeds = np.array([self.seeds[i] for i in np.flatnonzero(which)])
-        self.last_obs = self.envs.reset(seed=seeds, options={"reset_mask": which})[0].copy()
+        obs, info = self.envs.reset(seed=seeds, options={"reset_mask": which})
+        self.last_obs, self.lives = obs.copy(), info["lives"].copy()
         return self.last_obs
 
     def reset(self):
@@ -302,7 +303,8 @@ class Envs:
             fail(f"{self.game} crashed: {error!r}; --resume goes on from the last checkpoint", code=1)
         truncations = truncations & ~terminations
         ended = terminations | truncations
-        over = ended & ~(terminations & (info["lives"] > 0)) if self.episodic_life else ended
+        life_lost = terminations & (info["lives"] > 0) & (info["lives"] < self.lives)  # some games end with a life left
+        over, self.lives = ended & ~life_lost if self.episodic_life else ended, info["lives"].copy()
         for i in range(self.num_envs):
             self.actions[i].append(int(actions[i]))
             self.returns[i] += float(rewards[i])
@@ -363,11 +365,11 @@ class Envs:
         for t in range(longest + 1):
             if (waits == t).any():
                 seeds = np.array(self.seeds)[waits == t]
-                self.last_obs = self.envs.reset(seed=seeds, options={"reset_mask": waits == t})[0]
+                self.last_obs, info = self.envs.reset(seed=seeds, options={"reset_mask": waits == t})
             if t < longest:
                 actions = [actions[t - wait] if t >= wait else 0 for actions, wait in zip(self.actions, waits)]
-                self.last_obs = self.envs.step(np.array(actions))[0]
-        self.last_obs = self.last_obs.copy()
+                self.last_obs, *_, info = self.envs.step(np.array(actions))
+        self.last_obs, self.lives = self.last_obs.copy(), info["lives"].copy()
         if not np.array_equal(self.last_obs, state["obs"].numpy()):
             say("the replayed episodes end elsewhere than before: the simulator is another one; the run goes on, but differs")
         self.rng.bit_generator.state = state["rng"]
