@@ -173,6 +173,7 @@ def test_runs_of_other_settings_are_told_apart(notebook):
         assert notebook.settings(vars(apart)) == ""
         assert notebook.settings(vars(script.Args(width=32, learning_rate=1e-2))) == "--learning-rate 0.01 --width 32"
     assert notebook.settings(vars(ppo_atari.Args(sticky=0.0))) == "--sticky 0.0"
+    assert notebook.settings(vars(ppo_atari.Args(capacity_steps=512, profile=True))) == "--capacity-steps 512"
     assert notebook.settings(vars(ppo_mujoco.Args(policy="gaussian"))) == "--policy gaussian"
 
 
