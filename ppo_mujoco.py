@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -87,7 +88,8 @@ class Args:
     width: Few = 64  # units of the hidden layers
     policy: Literal["tanh_normal", "gaussian"] = "tanh_normal"  # a Normal, squashed or clipped
     policy_std: Literal["state", "free"] = "state"  # a function of the state, or parameters
-    # TanhNormal: score the action clamped to 1 - 1e-6 of its bounds (the authors), or as sampled
+    # a saturated TanhNormal action is scored where its clamp to 1 - 1e-6 puts it (the authors'
+    # code; reverses its gradient once loc is beyond 7.25), or where it was sampled
     action_logprob: Literal["clamped", "sampled"] = "clamped"
 
     # Interventions
@@ -121,6 +123,9 @@ class Args:
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
 
 
+MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code
+
+
 class Outputs(NamedTuple):
     """What the networks say of observations (B, ...)."""
 
@@ -139,9 +144,7 @@ class Agent(nn.Module):
         super().__init__()
         self.action_dim, self.pfo_layers = envs.action_dim, args.pfo_layers
         self.squash, self.state_std = args.policy == "tanh_normal", args.policy_std == "state"
-        # tanh(u) clamped to 1 - 1e-6, as the authors' code does before it scores an action
-        clamped = self.squash and args.action_logprob == "clamped"
-        self.max_action = math.atanh(1 - 1e-6) if clamped else math.inf
+        self.clamped = self.squash and args.action_logprob == "clamped"
         self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
 
         def trunk():  # without the last activation: what it puts out are preactivations
@@ -159,6 +162,19 @@ class Agent(nn.Module):
         if args.share_trunk:
             self.critic_trunk = self.actor_trunk
         self.critic_head = nn.Linear(args.width, 1)
+        nodes, weights = np.polynomial.hermite_e.hermegauss(32)
+        low, high = -np.arctanh(MAX_TANH), np.arctanh(MAX_TANH)
+        if not self.squash:
+            low, high = envs.low, envs.high
+        constants = {
+            "nodes": nodes,
+            "node_weights": weights / weights.sum(),
+            "low": low,
+            "high": high,
+        }
+        for name, value in constants.items():
+            constant = torch.as_tensor(value, dtype=torch.float32)
+            self.register_buffer(name, constant, persistent=False)
         # Gradients are clipped per group: actor and critic each on its own, or all as one
         named = list(self.named_parameters())
         networks = [""] if args.share_trunk else ["actor", "critic"]
@@ -201,8 +217,10 @@ class Agent(nn.Module):
             for layer in layers:
                 x = layer(x)
             loc, raw_scale = np.split(x, 2, -1) if self.state_std else (x, free)
-            scale = np.logaddexp(0, raw_scale + bias) + np.float32(0.01)
-            return np.maximum(np.minimum(loc + scale * noise, self.max_action), -self.max_action)
+            u = loc + (np.logaddexp(0, raw_scale + bias) + np.float32(0.01)) * noise
+            if self.clamped:  # TorchRL scores what the stored action, tanh(u), is inverted to
+                u = np.arctanh(np.clip(np.tanh(u), -MAX_TANH, MAX_TANH))
+            return u
 
         return act
 
@@ -220,13 +238,13 @@ class Agent(nn.Module):
             logprob = logprob - log_tanh_slope(actions)
         return logprob.sum(-1)
 
-    def entropy(self, policy, actions=None):
-        """(B,) entropies; TanhNormal's from the sample `actions` of it, or from a fresh one."""
+    def entropy(self, policy):
+        """(B,) entropies; what tanh takes from the Normal's is integrated by Gauss and Hermite."""
         loc, scale = self.normal(policy)
         entropy = scale.log() + (math.log(2 * math.pi) + 1) / 2
         if self.squash:
-            u = loc + scale * torch.randn_like(loc) if actions is None else actions
-            entropy = entropy + log_tanh_slope(u)
+            u = loc.unsqueeze(-1) + scale.unsqueeze(-1) * self.nodes
+            entropy = entropy + log_tanh_slope(u) @ self.node_weights
         return entropy.sum(-1)
 
     def kl(self, policy, other):
@@ -235,9 +253,15 @@ class Agent(nn.Module):
         ratio = scale / other_scale
         return ((ratio**2 + ((loc - other_loc) / other_scale) ** 2 - 1) / 2 - ratio.log()).sum(-1)
 
-    def variance(self, policy):
-        """Variance over the states (B,) of each loc and scale, averaged."""
-        return torch.cat(self.normal(policy), -1).var(0).mean()
+    def policy_stats(self, policy, actions):
+        """What is logged as policy/NAME of a batch: a dict of scalars.
+        `variance` is that over the states of each loc and scale, averaged; `saturated_actions` the
+        share of action components beyond TanhNormal's clamp or the Gaussian's bounds."""
+        return {
+            "variance": torch.cat(self.normal(policy), -1).var(0).mean(),
+            "entropy": self.entropy(policy).mean(),
+            "saturated_actions": ((actions <= self.low) | (actions >= self.high)).float().mean(),
+        }
 
 
 def log_tanh_slope(u):
@@ -361,6 +385,7 @@ def feature_ranks(features):
     `feature_rank` (Lyle et al. 2022), `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero
     or empty matrix and NaN if an entry is not finite."""
     delta, eps = 0.01, torch.finfo(features.dtype).eps
+    rounding = max(10 * eps, 1e-9)  # of the sums, so that ties count exactly
     names = ("effective_rank", "pca_rank", "srank", "feature_rank", "torch_rank")
     if not features.isfinite().all():
         return dict.fromkeys(names, math.nan)
@@ -371,8 +396,8 @@ def feature_ranks(features):
     variance = sigma**2 / (sigma**2).sum()
     ranks = (
         torch.special.entr(p).sum().exp(),
-        (variance.cumsum(0) <= 1 - delta).sum() + 1,
-        (p.cumsum(0) <= 1 - delta).sum() + 1,
+        (variance.cumsum(0) <= 1 - delta + rounding).sum() + 1,
+        (p.cumsum(0) <= 1 - delta + rounding).sum() + 1,
         (sigma / math.sqrt(len(features)) > delta).sum(),
         (sigma > sigma[0] * max(features.shape) * eps).sum(),
     )
@@ -398,17 +423,19 @@ def ratio_stats(logratio, clip_coef):
 
     `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and
     `ratio_mean_below` are means over the samples beyond the limits, `ratio_excess` their quotient;
-    NaN where there is no such sample. Ratios are clamped to [1e-12, 1e12], in float64, so that a
-    diverged policy still gives a number."""
-    ratio = logratio.double().exp().clamp(1e-12, 1e12)
+    NaN where there is no such sample. Means and extremes are clamped to [1e-12, 1e12] (appendix
+    B.3), in float64, so that a diverged policy still gives a number."""
+    ratio = logratio.double().exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
-    mean_above, mean_below = ratio[above].mean().item(), ratio[below].mean().item()
-    return {
-        "ratio_mean_above": mean_above,
-        "ratio_mean_below": mean_below,
-        "ratio_excess": mean_above / mean_below,
-        "ratio_max": ratio.max().item(),
-        "ratio_min": ratio.min().item(),
+    stats = {
+        "ratio_mean_above": ratio[above].mean(),
+        "ratio_mean_below": ratio[below].mean(),
+        "ratio_max": ratio.max(),
+        "ratio_min": ratio.min(),
+    }
+    stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
+    return stats | {
+        "ratio_excess": stats["ratio_mean_above"] / stats["ratio_mean_below"],
         "frac_above": above.double().mean().item(),
         "frac_below": below.double().mean().item(),
     }
@@ -543,10 +570,7 @@ def main():
         if logging:
             scalars["representation/actor"] = representation(agent, args, "actor", old)
             scalars["representation/critic"] = representation(agent, args, "critic", old)
-            scalars["policy"] = {
-                "variance": agent.variance(old.policy),
-                "entropy": agent.entropy(old.policy, b_actions).mean(),
-            }
+            scalars["policy"] = agent.policy_stats(old.policy, b_actions)
 
         # PPO update
         if args.anneal_lr:
@@ -554,14 +578,13 @@ def main():
             optimizer.param_groups[0]["lr"] = lr
         batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs}
         batch |= {"advantages": b_advantages, "returns": b_returns, "old_held": old.held}
-        all_losses, policies, taken = [], [], []
+        all_losses, policies = [], []
         for _ in range(args.update_epochs):
             for minibatch in shuffled_minibatches(batch, args.minibatch_size):
                 vector.grad, losses, policy = gradient(agent, args, **minibatch)
                 optimizer.step()
                 all_losses.append(losses)
                 policies.append(policy)
-                taken.append(minibatch["actions"])
             if args.target_kl and losses["approx_kl"] > args.target_kl:
                 break
         if args.reset_adam:
@@ -591,8 +614,9 @@ def main():
             scalars["charts"]["SPS"] = (iteration - log_iteration) * batch_size / seconds
             log_time, log_iteration = time.perf_counter(), iteration
             scalars["losses"] = {k: torch.stack([x[k] for x in all_losses]).mean() for k in losses}
+            entropies = [agent.entropy(part) for part in torch.cat(policies).split(512)]
             scalars["losses"] |= {
-                "entropy": agent.entropy(torch.stack(policies), torch.stack(taken)).mean(),
+                "entropy": torch.cat(entropies).mean(),
                 "policy_objective_last_minibatch": -losses["policy_loss"],
                 "explained_variance": 1 - (b_returns - old.values).var() / b_returns.var(),
             }
@@ -647,6 +671,8 @@ def check(args):
     least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, a step of each
     if args.capacity_interval and args.capacity_steps < least:
         fail(f"--capacity-steps is {args.capacity_steps}: it must be {least} or more")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile needs a C++ compiler: g++, or the one that CXX names")
     if args.track and find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb")
 
@@ -679,12 +705,15 @@ class Envs:
         except Exception as error:  # whatever a task's constructor raises
             fail(f"--env-id {args.env_id} cannot be made: {error!r}")
         obs_space, space = self.envs[0].observation_space, self.envs[0].action_space
-        if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-            fail(f"--env-id {args.env_id} observes {obs_space}, which is not a flat Box")
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-            fail(f"--env-id {args.env_id} acts by {space}, which is not a flat bounded Box")
-        self.low, self.high = space.low.astype(np.float32), space.high.astype(np.float32)
-        self.middle, self.half_width = (self.high + self.low) / 2, (self.high - self.low) / 2
+        flat = all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (obs_space, space))
+        if not flat or not space.is_bounded() or space.dtype.kind != "f":
+            what = f"observes {obs_space} and acts by {space}: both must be flat Boxes"
+            fail(f"--env-id {args.env_id} {what}, that of the actions bounded and of floats")
+        self.low, self.high = space.low, space.high
+        self.middle, self.half_width = (
+            space.low / 2 + space.high / 2,
+            space.high / 2 - space.low / 2,
+        )
         self.squash, self.limit = args.policy == "tanh_normal", self.envs[0].spec.max_episode_steps
         self.obs_dim, self.action_dim = obs_space.shape[0] + bool(self.limit), space.shape[0]
         self.rng = np.random.default_rng([args.seed, stream])
@@ -703,10 +732,10 @@ class Envs:
             if terminated or truncated:
                 self.start(0)
             observations.append(self.raw_obs[0].copy())
-            action = self.rng.uniform(self.low, self.high).astype(np.float32)
+            action = self.rng.uniform(self.low, self.high).astype(self.low.dtype)
             _, terminated, truncated = self.advance(0, action)
         mean, std = np.mean(observations, 0), np.std(observations, 0)
-        std[std < 1e-6] = 1
+        std[(std < 1e-6) | (np.ptp(observations, 0) == 0)] = 1
         return {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
 
     @contextlib.contextmanager
@@ -717,7 +746,7 @@ class Envs:
         except Exception as error:
             traceback.print_exc()
             place = f"environment {i}, episode seed {self.seeds[i]}, step {len(self.actions[i])}"
-            fail(f"the task crashed ({place}): {error!r}; {GO_ON}", code=1)
+            fail(f"{self.envs[i].spec.id} crashed ({place}): {error!r}; {GO_ON}", code=1)
 
     def start(self, i, seed=None):
         """Begin an episode of environment i, with the next seed if none is given."""
@@ -730,8 +759,10 @@ class Envs:
         """One step of environment i: reward, terminated, truncated."""
         self.actions[i].append(action)
         with self.blamed(i):
-            self.raw_obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
-            self.returns[i] += float(reward)
+            outcome = self.envs[i].step(action.copy())  # a task may scale it in place
+            self.raw_obs[i], reward, terminated, truncated, _ = outcome
+            reward = float(np.asarray(reward).item())
+            self.returns[i] += reward
         return reward, terminated, truncated
 
     def observe(self):
@@ -751,8 +782,7 @@ class Envs:
         terminations and truncations (E,), and the last observations of episodes that ended."""
         if self.squash:
             actions = self.middle + self.half_width * np.tanh(actions)
-        else:
-            actions = np.clip(actions, self.low, self.high)
+        actions = np.clip(actions.astype(self.low.dtype), self.low, self.high)  # rounding, too
         outcomes = [self.advance(i, action) for i, action in enumerate(actions)]
         next_obs, final_obs = self.observe(), []
         for i, (_, terminated, truncated) in enumerate(outcomes):
@@ -775,7 +805,7 @@ class Envs:
         return {
             "rngs": [rng.bit_generator.state for rng in (self.rng, self.mask_rng)],
             "seeds": list(self.seeds),
-            "actions": [torch.from_numpy(np.array(x, np.float32)) for x in self.actions],
+            "actions": [torch.from_numpy(np.array(x, self.low.dtype)) for x in self.actions],
             "raw_obs": torch.from_numpy(self.raw_obs.copy()),
             "finished": list(self.finished),
         }
@@ -880,20 +910,25 @@ class Run:
             next_obs, step = self.restore(**self.saved) if self.saved else (envs.reset(), 0)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             fail(f"the state of {self.args.fork_from or self.dir} does not fit: {str(error)[:300]}")
-        try:
-            self.dir.mkdir(parents=True, exist_ok=self.args.resume)
-        except OSError as error:  # if it exists, another process has just started this run
-            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
-        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
-        self.lock.acquire()
-        (self.dir / "checkpoints").mkdir(exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
         if self.args.track:
             import wandb
 
             run_id = re.sub(r"[^\w-]", "-", self.args.run_name)
             settings = {"config": asdict(self.args), "sync_tensorboard": True, "resume": "allow"}
-            wandb.init(name=self.args.run_name, id=run_id, **settings)
+            try:
+                wandb.init(name=self.args.run_name, id=run_id, **settings)
+            except Exception as error:  # no login, for example
+                fail(f"--track: {error}")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=self.args.resume)
+        except FileExistsError:
+            fail(f"{self.dir} is being started by another process")
+        except OSError as error:
+            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
+        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
+        self.lock.acquire()
+        (self.dir / "checkpoints").mkdir(exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
         sizes = self.saved["log_sizes"] if self.resumed else {}
         for path in {self.dir / name for name in sizes} | set(self.dir.glob("events.*")):
             if not path.exists() or path.stat().st_size < sizes.get(path.name, 0):
@@ -975,6 +1010,7 @@ def never_fail(stream):
 if __name__ == "__main__":
     never_fail(sys.stdout)
     never_fail(sys.stderr)
+    tqdm.get_lock()  # takes a moment, in which Ctrl-C would break tqdm
     try:
         main()
     except KeyboardInterrupt:
