@@ -11,6 +11,7 @@ PyTorch's initialisation, actor and critic clipped apart, and every number of th
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import math
@@ -23,7 +24,6 @@ import traceback
 import zipfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
@@ -124,6 +124,7 @@ class Args:
 
 
 MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code
+MAX_U = np.arctanh(MAX_TANH)  # 7.24773, where it is scored
 
 
 class Outputs(NamedTuple):
@@ -134,6 +135,24 @@ class Outputs(NamedTuple):
     actor_preactivations: torch.Tensor  # (B, D) of the last hidden layer
     critic_preactivations: torch.Tensor  # (B, D) of the last hidden layer
     held: torch.Tensor  # (B, K), the preactivations of the actor that PFO holds
+
+
+def log_tanh_slope(u):
+    """log(1 - tanh(u)^2), exact also where tanh(u) rounds to 1."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+def numpy_layer(layer):
+    """A layer as a function of NumPy arrays (B, D); one not known here goes through torch."""
+    if isinstance(layer, nn.Tanh):
+        return np.tanh
+    if isinstance(layer, nn.ReLU):
+        return lambda x: np.maximum(x, 0)
+    if type(layer) is nn.Linear and layer.bias is not None:
+        weight, bias = (p.detach().cpu().numpy() for p in (layer.weight, layer.bias))
+        return lambda x: x @ weight.T + bias
+    layer = copy.deepcopy(layer).cpu()
+    return lambda x: layer(torch.from_numpy(x)).detach().numpy()
 
 
 class Agent(nn.Module):
@@ -163,18 +182,9 @@ class Agent(nn.Module):
             self.critic_trunk = self.actor_trunk
         self.critic_head = nn.Linear(args.width, 1)
         nodes, weights = np.polynomial.hermite_e.hermegauss(32)
-        low, high = -np.arctanh(MAX_TANH), np.arctanh(MAX_TANH)
-        if not self.squash:
-            low, high = envs.low, envs.high
-        constants = {
-            "nodes": nodes,
-            "node_weights": weights / weights.sum(),
-            "low": low,
-            "high": high,
-        }
-        for name, value in constants.items():
-            constant = torch.as_tensor(value, dtype=torch.float32)
-            self.register_buffer(name, constant, persistent=False)
+        self.register_buffer("nodes", torch.tensor(nodes).float(), persistent=False)
+        self.register_buffer("weights", torch.tensor(weights / sum(weights)).float(), False)
+        self.low, self.high = (-MAX_U, MAX_U) if self.squash else (envs.low, envs.high)
         # Gradients are clipped per group: actor and critic each on its own, or all as one
         named = list(self.named_parameters())
         networks = [""] if args.share_trunk else ["actor", "critic"]
@@ -244,7 +254,7 @@ class Agent(nn.Module):
         entropy = scale.log() + (math.log(2 * math.pi) + 1) / 2
         if self.squash:
             u = loc.unsqueeze(-1) + scale.unsqueeze(-1) * self.nodes
-            entropy = entropy + log_tanh_slope(u) @ self.node_weights
+            entropy = entropy + log_tanh_slope(u) @ self.weights
         return entropy.sum(-1)
 
     def kl(self, policy, other):
@@ -257,29 +267,12 @@ class Agent(nn.Module):
         """What is logged as policy/NAME of a batch: a dict of scalars.
         `variance` is that over the states of each loc and scale, averaged; `saturated_actions` the
         share of action components beyond TanhNormal's clamp or the Gaussian's bounds."""
+        u = actions.cpu().numpy()
         return {
             "variance": torch.cat(self.normal(policy), -1).var(0).mean(),
             "entropy": self.entropy(policy).mean(),
-            "saturated_actions": ((actions <= self.low) | (actions >= self.high)).float().mean(),
+            "saturated_actions": ((u <= self.low) | (u >= self.high)).mean(),
         }
-
-
-def log_tanh_slope(u):
-    """log(1 - tanh(u)^2), exact also where tanh(u) rounds to 1."""
-    return 2 * (math.log(2) - u - F.softplus(-2 * u))
-
-
-def numpy_layer(layer):
-    """A layer as a function of NumPy arrays (B, D); one not known here goes through torch."""
-    if isinstance(layer, nn.Tanh):
-        return np.tanh
-    if isinstance(layer, nn.ReLU):
-        return lambda x: np.maximum(x, 0)
-    if type(layer) is nn.Linear and layer.bias is not None:
-        weight, bias = (p.detach().cpu().numpy() for p in (layer.weight, layer.bias))
-        return lambda x: x @ weight.T + bias
-    layer = copy.deepcopy(layer).cpu()
-    return lambda x: layer(torch.from_numpy(x)).detach().numpy()
 
 
 def make_optimizer(agent, args):
@@ -535,8 +528,8 @@ def main():
     if args.capacity_interval and global_step == 0:
         run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
     log_time, log_iteration = time.perf_counter(), global_step // steps_per_iteration
-    total = num_iterations * steps_per_iteration
-    bar = tqdm(total=total, initial=global_step, unit=" steps", dynamic_ncols=True)
+    total_steps = num_iterations * steps_per_iteration
+    bar = tqdm(total=total_steps, initial=global_step, unit=" steps", dynamic_ncols=True)
     for iteration in range(log_iteration + 1, num_iterations + 1):
         logging, scalars = due(args.log_interval, iteration, num_iterations), {}
 
@@ -632,7 +625,7 @@ def main():
             fail(f"{what} are not finite at step {global_step}: checkpoints/diverged.pt", code=1)
         keep = due(args.snapshot_interval, iteration, num_iterations)
         if keep or due(args.checkpoint_interval, iteration, num_iterations):
-            run.save(global_step, ["latest.pt", f"checkpoints/{global_step}.pt"][: 1 + keep])
+            run.save(global_step, [f"checkpoints/{global_step}.pt"] * keep + ["latest.pt"])
 
     bar.close()
     run.close()
@@ -655,16 +648,15 @@ def fail(message, code=2):
 def due(interval, iteration, num_iterations):
     """Whether this iteration is nearest to a multiple of `interval`, or the last; 0: never."""
     period = max(1.0, interval * num_iterations)
-    nearest = iteration == num_iterations or round(round(iteration / period) * period) == iteration
-    return interval > 0 and nearest
+    nearest = round(round(iteration / period) * period) == iteration
+    return interval > 0 and (nearest or iteration == num_iterations)
 
 
 def check(args):
     """Exit with one line where flags do not go together."""
     batch_size = args.num_envs * args.num_steps
     if not 2 <= args.minibatch_size <= batch_size:
-        batch = f"--num-envs x --num-steps = {batch_size}"
-        fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to the batch, {batch}")
+        fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to {batch_size}")
     least = args.fork_step + batch_size
     if args.total_timesteps < least:
         fail(f"--total-timesteps is {args.total_timesteps}: it must be {least} or more")
@@ -673,21 +665,23 @@ def check(args):
         fail(f"--capacity-steps is {args.capacity_steps}: it must be {least} or more")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         fail("--compile needs a C++ compiler: g++, or the one that CXX names")
-    if args.track and find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
 
 
 def read_state(path):
     """The state in a file. Raises BadZipFile if it is damaged; exits if it is no state of ours."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         raise zipfile.BadZipFile(f"{path} is damaged or no checkpoint: {error!r}") from None
-    parts = {"script", "args", "agent", "optimizer", "envs", "obs_stats", "global_step", "rng"}
-    if not isinstance(state, dict) or parts - {*state} or state["script"] != Path(__file__).stem:
+    kinds = {"script": str, "versions": str, "global_step": int, "rng": torch.Tensor}
+    kinds |= dict.fromkeys(("args", "agent", "optimizer", "envs", "obs_stats", "log_sizes"), dict)
+    fits = isinstance(state, dict) and all(isinstance(state.get(k), kinds[k]) for k in kinds)
+    if not fits or state["script"] != Path(__file__).stem:
         fail(f"{path} is no state of {Path(__file__).name}")
     return state
 
@@ -710,10 +704,8 @@ class Envs:
             what = f"observes {obs_space} and acts by {space}: both must be flat Boxes"
             fail(f"--env-id {args.env_id} {what}, that of the actions bounded and of floats")
         self.low, self.high = space.low, space.high
-        self.middle, self.half_width = (
-            space.low / 2 + space.high / 2,
-            space.high / 2 - space.low / 2,
-        )
+        low, high = space.low / 2, space.high / 2  # so that their sum does not overflow
+        self.middle, self.half_width = high + low, high - low
         self.squash, self.limit = args.policy == "tanh_normal", self.envs[0].spec.max_episode_steps
         self.obs_dim, self.action_dim = obs_space.shape[0] + bool(self.limit), space.shape[0]
         self.rng = np.random.default_rng([args.seed, stream])
@@ -722,7 +714,9 @@ class Envs:
         self.actions = [[] for _ in range(num_envs)]  # of the episodes that go on
         self.finished = []  # (return, length) of the episodes that ended since the last log
         self.raw_obs = np.zeros((num_envs, obs_space.shape[0]))
-        self.obs_stats = obs_stats or self.random_stats(args.obs_norm_steps)
+        if obs_stats is None:
+            obs_stats = self.random_stats(args.obs_norm_steps)
+        self.obs_stats = obs_stats
         self.obs_mean, self.obs_std = self.obs_stats["mean"].numpy(), self.obs_stats["std"].numpy()
 
     def random_stats(self, num_steps):
@@ -846,9 +840,7 @@ class Run:
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
         if args.run_name == ".." or not re.fullmatch(r"[^/\\\0]{0,200}", args.run_name):
-            fail(
-                f"--run-name must be the name of a folder, not a path or too long: {args.run_name}"
-            )
+            fail(f"--run-name must be the name of a folder, and not too long: {args.run_name}")
         if args.resume and not args.run_name:
             fail("--resume needs the --run-name of the run to go on with")
         self.saved = self.newest_state() if args.resume else None
@@ -887,8 +879,8 @@ class Run:
         except (TypeError, ValueError) as error:  # a flag that is gone
             fail(f"the state of {args.fork_from or self.dir} does not fit: {error}")
         args = tyro.cli(Args, default=before)
-        now, then = asdict(args), asdict(before)
-        changed = {k: f"{k} {then[k]} is now {now[k]}" for k in now if now[k] != then[k]}
+        then = asdict(before)
+        changed = {k: f"{k} {then[k]} is now {x}" for k, x in asdict(args).items() if x != then[k]}
         changes = "; ".join(changed.values()) or "as it was"
         fixed = {"env_id", "width", "share_trunk", "policy_std"}  # what the weights fit
         if self.resumed:  # what may change touches nothing that was computed
@@ -911,14 +903,13 @@ class Run:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             fail(f"the state of {self.args.fork_from or self.dir} does not fit: {str(error)[:300]}")
         if self.args.track:
-            import wandb
-
             run_id = re.sub(r"[^\w-]", "-", self.args.run_name)
             settings = {"config": asdict(self.args), "sync_tensorboard": True, "resume": "allow"}
             try:
+                wandb = importlib.import_module("wandb")
                 wandb.init(name=self.args.run_name, id=run_id, **settings)
-            except Exception as error:  # no login, for example
-                fail(f"--track: {error}")
+            except Exception as error:  # not installed, or no login
+                fail(f"--track needs Weights & Biases (pip install wandb; wandb login): {error}")
         try:
             self.dir.mkdir(parents=True, exist_ok=self.args.resume)
         except FileExistsError:
@@ -937,7 +928,7 @@ class Run:
         self.writer = SummaryWriter(self.dir)
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(self.args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, step)
-        self.save(step, ["latest.pt"] if self.resumed else ["latest.pt", f"checkpoints/{step}.pt"])
+        self.save(step, [f"checkpoints/{step}.pt"] * (not self.resumed) + ["latest.pt"])
         tqdm.write(f"{self.dir} from step {step} on")
         tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
         return next_obs, step
