@@ -296,9 +296,8 @@ def evaluate(agent, obs):
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
 
-    All arguments are (T, E). `next_values` are those of the true next observations: at an
-    episode's end of its last one, which counts unless the episode terminated. Nothing passes from
-    one episode to another (`dones`)."""
+    All arguments are (T, E). `next_values` are those of the true next observations, at an episode's
+    end of its last one, and count unless it terminated; nothing passes beyond `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -323,8 +322,7 @@ def shuffled_minibatches(batch, minibatch_size):
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
     """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
-    The equation has a "sum" over K; the published coefficients belong to the authors' "mean".
-    """
+    The equation has a "sum" over K; the published coefficients belong to the "mean" over it."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
 
@@ -334,17 +332,14 @@ def clipped_gradient(agent, loss, max_grad_norm):
     gradients = iter(torch.autograd.grad(loss, [p for group in agent.groups for p in group]))
     parts = [torch.cat([next(gradients).flatten() for _ in group]) for group in agent.groups]
     norms = [part.norm() for part in parts]
-    parts = [
-        part * (max_grad_norm / (norm + 1e-6)).clamp_max(1) for part, norm in zip(parts, norms)
-    ]
-    return torch.cat(parts), norms
+    scales = [(max_grad_norm / (norm + 1e-6)).clamp_max(1) for norm in norms]
+    return torch.cat([part * scale for part, scale in zip(parts, scales)]), norms
 
 
 def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_held):
-    """The gradient step's direction on a minibatch; all arguments from `obs` on start with (B,).
-    Returns the clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus
-    and PFO; a dict of scalars, each of which is logged as losses/NAME; and the policies (B, ...).
-    """
+    """The clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus and
+    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars,
+    each of which is logged as losses/NAME, and the policies (B, ...)."""
     new = agent(obs)
     logratio = agent.log_prob(new.policy, actions) - logprobs
     ratio = logratio.clamp(math.log(1e-7), math.log(1e9)).exp()
@@ -360,11 +355,8 @@ def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_h
         loss = loss + args.pfo_coef * pfo
     gradient, norms = clipped_gradient(agent, loss, args.max_grad_norm)
     losses |= {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-    # Schulman, "Approximating KL Divergence"
-    losses |= {
-        "old_approx_kl": -logratio.mean(),
-        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
-    }
+    kl = logratio.exp() - 1 - logratio  # Schulman, "Approximating KL Divergence"
+    losses |= {"old_approx_kl": -logratio.mean(), "approx_kl": kl.mean()}
     losses["clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
     return gradient, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
 
@@ -399,10 +391,9 @@ def feature_ranks(features):
 
 @torch.no_grad()
 def dead_neurons(features, activation):
-    """How many columns of `features` (N, D) do not vary (the paper's footnote 7).
-
-    For "relu" those that are 0 on all samples, for "tanh" those whose standard deviation is below
-    0.001. NaN is not dead. Raises ValueError for another `activation`."""
+    """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
+    on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
+    ValueError for another `activation`."""
     if activation == "relu":
         return int((features == 0).all(0).sum())
     if activation == "tanh":
@@ -414,10 +405,10 @@ def dead_neurons(features, activation):
 def ratio_stats(logratio, clip_coef):
     """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
 
-    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and
-    `ratio_mean_below` are means over the samples beyond the limits, `ratio_excess` their quotient;
-    NaN where there is no such sample. Means and extremes are clamped to [1e-12, 1e12] (appendix
-    B.3), in float64, so that a diverged policy still gives a number."""
+    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
+    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
+    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
+    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
     ratio = logratio.double().exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
     stats = {
