@@ -115,12 +115,18 @@ class Args:
     checkpoint_interval: Fraction = 0.002  # between two saves of latest.pt
 
     def __post_init__(self):
-        """Raises ValueError, which tyro shows, if a number is out of its range."""
+        """Raises ValueError, which tyro shows, if a flag is out of its range or a name too long."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             bounds, value = getattr(hint, "__metadata__", [None])[0], getattr(self, name)
             if isinstance(bounds, tuple) and not bounds[0] <= value <= bounds[1]:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
+        if re.search(r"[/\\]|^\.\.?$", self.run_name):
+            raise ValueError(
+                f"--run-name must be the name of a folder, not a path: {self.run_name}"
+            )
+        if any(len(os.fsencode(x)) > 200 for x in Path(self.runs_dir, self.run_name).parts):
+            raise ValueError("--runs-dir or --run-name has a part of more than 200 bytes")
 
 
 MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code
@@ -510,14 +516,14 @@ def main():
     rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
     terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
 
+    collector = target if args.capacity_data == "target" else copy.deepcopy(agent)
+    next_obs, global_step = run.start(agent, optimizer, envs)  # from here on there is a folder
     if args.capacity_interval:
         capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
-        collector = target if args.capacity_data == "target" else agent
         states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
         capacity_data = capacity_target(target, *states)
-    next_obs, global_step = run.start(agent, optimizer, envs)  # from here on there is a folder
-    if args.capacity_interval and global_step == 0:
-        run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
+        if global_step == 0:
+            run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
     log_time, log_iteration = time.perf_counter(), global_step // steps_per_iteration
     total_steps = num_iterations * steps_per_iteration
     bar = tqdm(total=total_steps, initial=global_step, unit=" steps", dynamic_ncols=True)
@@ -682,11 +688,10 @@ class Envs:
     Seed and actions give an episode back exactly, so a state holds no more of it. Observations
     (E, D) are standardised and end with the time feature."""
 
-    def __init__(self, args, num_envs, stream, obs_stats=None, **make_flags):
+    def __init__(self, args, num_envs, stream, obs_stats=None):
         gym.logger.min_level = gym.logger.ERROR  # no advice to move on from v4
-        make_flags["disable_env_checker"] = True
         try:
-            self.envs = [gym.make(args.env_id, **make_flags) for _ in range(num_envs)]
+            self.envs = [gym.make(args.env_id, disable_env_checker=True) for _ in range(num_envs)]
         except Exception as error:  # whatever a task's constructor raises
             fail(f"--env-id {args.env_id} cannot be made: {error!r}")
         obs_space, space = self.envs[0].observation_space, self.envs[0].action_space
@@ -830,8 +835,6 @@ class Run:
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
-        if args.run_name == ".." or not re.fullmatch(r"[^/\\\0]{0,200}", args.run_name):
-            fail(f"--run-name must be the name of a folder, and not too long: {args.run_name}")
         if args.resume and not args.run_name:
             fail("--resume needs the --run-name of the run to go on with")
         self.saved = self.newest_state() if args.resume else None
@@ -894,7 +897,7 @@ class Run:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             fail(f"the state of {self.args.fork_from or self.dir} does not fit: {str(error)[:300]}")
         if self.args.track:
-            run_id = re.sub(r"[^\w-]", "-", self.args.run_name)
+            run_id = re.sub(r"[^a-zA-Z0-9_-]", "-", self.args.run_name)
             settings = {"config": asdict(self.args), "sync_tensorboard": True, "resume": "allow"}
             try:
                 wandb = importlib.import_module("wandb")
