@@ -1,14 +1,13 @@
 """The smallest places to see PPO's trust region break (arXiv 2405.00662).
 
-    python ppo_toy.py                       # section 3.2.1, Figure 5: two states, collinear features
+    python ppo_toy.py                       # section 3.2.1, Figure 5: two states in one dimension
     python ppo_toy.py --states 16           # many states: the ratios against the features' rank
     python ppo_toy.py train                 # a complete PPO on CartPole-v1, with every diagnostic
     python ppo_toy.py train --pfo-coef 1    # the same with PFO, equation 2
 
-The toy comes first and needs no PPO: from `ToyArgs` to `toy`. Then comes the PPO, which is that of
-ppo_mujoco.py for discrete actions on small tasks: no observation statistics, no time in the
-observation. It keeps checkpoints but cannot be resumed: its runs take seconds to three minutes. A
-reader may stop at the end of `train`: what stands below it is no part of either.
+The toy comes first, from `ToyArgs` to `toy`. Then comes the PPO of ppo_mujoco.py for discrete
+actions, without observation statistics and time in the observation, and without `--resume`: a run
+takes seconds to three minutes. A reader may stop at the end of `main`.
 """
 
 import contextlib
@@ -18,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -50,7 +50,7 @@ class ToyArgs:
     """The two-state toy of arXiv 2405.00662, section 3.2.1 (Figure 5); with --states its
     generalisation to many states and ranks. A complete PPO: python ppo_toy.py train --help."""
 
-    # Two states, or as many as --states says
+    # Both toys
     epochs: Annotated[int, (1, 1000)] = 10  # passes over the states, one state per step (Table 1)
     learning_rate: Coefficient = 0.0  # SGD's; 0: 1.5 (Table 1), with --states 0.05
     clip_coef: Positive = 0.1  # epsilon of PPO-Clip (Table 1)
@@ -58,52 +58,54 @@ class ToyArgs:
     runs_dir: str = "runs"  # folder that holds the runs
     run_name: str = ""  # the run's folder within --runs-dir; empty: toy, script, seed and time
 
-    # Two states, x and y
-    alpha: Annotated[tuple[float, ...], (-1000, 1000)] = (3.0, -1.0)  # phi(y) = alpha phi(x)
-    # theta_1 and theta_2 at the start, whose logits are theta_i phi(s); none: standard normal
+    # Two states, x and y, with features phi(x) and phi(y) = alpha phi(x)
+    alpha: Annotated[tuple[float, ...], (-1000, 1000)] = (3.0, -1.0)  # phi(y) / phi(x)
+    # theta_1 and theta_2 at the start, of the logits theta_i phi(s); not given: standard normal
     theta: Annotated[tuple[float, float] | None, (-1000, 1000)] = None
-    phi: Annotated[float | None, (-1000, 1000)] = None  # phi(x); none: standard normal
+    phi: Annotated[float | None, (-1000, 1000)] = None  # phi(x); not given: standard normal
 
     # Many states
-    states: Annotated[int, (0, 256)] = 0  # how many; 0: the two-state toy
-    dim: Few = 16  # dimensions of their features
-    actions: Annotated[int, (2, 256)] = 4  # actions of the policy
-    features_rank: tuple[int, ...] = ()  # ranks of the features; none given: 1 to --dim
-    num_seeds: Annotated[int, (2, 10_000)] = 20  # repetitions that a row averages over
-    learn_features: bool = False  # learn the features too, without PFO and with it
-    pfo_coef: Coefficient = 1.0  # of PFO in that comparison
+    states: Annotated[int, (0, 256)] = 0  # states of the generalised toy; 0: the two-state toy
+    dim: Few = 16  # dimensions of its features
+    actions: Annotated[int, (2, 256)] = 4  # actions of its policy
+    # ranks that its features have in turn; not given: 1 to --dim
+    features_rank: Annotated[tuple[int, ...], (1, 256)] = ()
+    num_seeds: Annotated[int, (2, 10_000)] = 20  # repetitions that a row of its table averages over
+    learn_features: bool = False  # learn its features too, without PFO and with it
+    pfo_coef: Coefficient = 1.0  # of PFO, with --learn-features
 
     def __post_init__(self):
         check_ranges(self)
         self.learning_rate = self.learning_rate or (0.05 if self.states else 1.5)
         if not self.alpha:
             raise ValueError("--alpha needs at least one value")
-        if self.states and self.states < self.dim:
-            raise ValueError(f"--states {self.states} is less than --dim {self.dim}")
         if (self.features_rank or self.learn_features) and not self.states:
             raise ValueError("--features-rank and --learn-features need --states, 16 for example")
-        if any(not 1 <= rank <= self.dim for rank in self.features_rank):
-            ranks = f"--features-rank {self.features_rank}"
-            raise ValueError(f"{ranks}: each must be from 1 to --dim {self.dim}")
+        if self.states and self.states < self.dim:
+            raise ValueError(f"--states {self.states} is less than --dim {self.dim}")
+        if max(self.features_rank, default=1) > self.dim:
+            raise ValueError(f"--features-rank {self.features_rank} is more than --dim {self.dim}")
 
 
 @torch.no_grad()
 def ratio_stats(logratio, clip_coef):
     """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
 
-    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and
-    `ratio_mean_below` are means over the samples beyond the limits, `ratio_excess` their quotient;
-    NaN where there is no such sample. Ratios are clamped to [1e-12, 1e12], in float64, so that a
-    diverged policy still gives a number."""
-    ratio = logratio.double().exp().clamp(1e-12, 1e12)
+    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
+    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
+    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
+    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
+    ratio = logratio.double().exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
-    mean_above, mean_below = ratio[above].mean().item(), ratio[below].mean().item()
-    return {
-        "ratio_mean_above": mean_above,
-        "ratio_mean_below": mean_below,
-        "ratio_excess": mean_above / mean_below,
-        "ratio_max": ratio.max().item(),
-        "ratio_min": ratio.min().item(),
+    stats = {
+        "ratio_mean_above": ratio[above].mean(),
+        "ratio_mean_below": ratio[below].mean(),
+        "ratio_max": ratio.max(),
+        "ratio_min": ratio.min(),
+    }
+    stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
+    return stats | {
+        "ratio_excess": stats["ratio_mean_above"] / stats["ratio_mean_below"],
         "frac_above": above.double().mean().item(),
         "frac_below": below.double().mean().item(),
     }
@@ -111,25 +113,22 @@ def ratio_stats(logratio, clip_coef):
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
     """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
-    The equation has a "sum" over K; the published coefficients belong to the authors' "mean".
-    """
+    The equation has a "sum" over K; the published coefficients belong to the "mean" over it."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
 
 
-def simulate(
-    inputs, trunk, head, actions, advantages, order, args, pfo_coef=0.0, learn_features=False
-):
+def simulate(inputs, trunk, head, actions, advantages, order, args, learn_trunk=False, pfo_coef=0):
     """PPO-Clip with SGD, one state per step, as in Appendix C.
 
     inputs (n, i), trunk (i, d), head (d, k): the features are inputs @ trunk, the logits features @
     head. State s has one sampled action `actions[s]` with `advantages[s]`; `order` (T,) is the
-    state of each step. The head is learned, the trunk only with `learn_features`. Returns the
-    ratios before each step and after the last (T + 1, n), and for each step whether its sample was
+    state of each step. The head is learned, the trunk only with `learn_trunk`. Returns the ratios
+    before each step and after the last (T + 1, n), and for each step whether its sample was
     clipped, so that it gave no gradient (T,)."""
     head = head.clone().requires_grad_()
-    trunk = trunk.clone().requires_grad_(learn_features)
-    optimizer = torch.optim.SGD([head, trunk] if learn_features else [head], args.learning_rate)
+    trunk = trunk.clone().requires_grad_(learn_trunk)
+    optimizer = torch.optim.SGD([head, trunk] if learn_trunk else [head], args.learning_rate)
     states = torch.arange(len(inputs))
     ratios, clipped = [], []
     for step, s in enumerate(order):
@@ -166,14 +165,12 @@ def print_two_states(alpha, ratios, clipped):
     print(f"alpha = {alpha:g}: ratios pi(a1|s) / pi_old(a1|s) of x and y")
     print(" step  sample            x         y    moved")
     for step, was_clipped in enumerate(clipped):
-        sample, other = ("x", "y") if step % 2 == 0 else ("y", "x")
+        sample, other = "xy" if step % 2 == 0 else "yx"
         then, now = ratios[step], ratios[step + 1]
         moves = [f"{s} {now[i] - then[i]:+.4f}" for i, s in enumerate("xy") if now[i] != then[i]]
-        moved = "  ".join(moves) or "nothing"
-        why = f"{other} moved by {sample}'s gradient"
+        moved, clip, why = "  ".join(moves), "", f"{other} moved by {sample}'s gradient"
         if was_clipped:
-            why = f"at its limit: no gradient from {sample}"
-        clip = "clipped" if was_clipped else ""
+            moved, clip, why = "nothing", "clipped", f"at its limit: no gradient from {sample}"
         print(f"{step:5}  {sample} {clip:9}{now[0]:9.4f} {now[1]:9.4f}    {moved} ({why})")
     print(f"final ratios: x {ratios[-1, 0]:.3f}, y {ratios[-1, 1]:.3f}\n")
 
@@ -222,10 +219,12 @@ def ratios_by_rank(run, args):
             rows = []
             for seed in range(args.seed, args.seed + args.num_seeds):
                 toy = random_states(args, rank, seed)
-                ratios, _ = simulate(*toy, args, learn_features=args.learn_features, **pfo)
+                ratios, _ = simulate(*toy, args, args.learn_features, **pfo)
                 stats = ratio_stats(ratios[-1].log(), args.clip_coef)
                 rows.append([stats[key] for key in keys])
-            values = torch.tensor(rows)  # NaN where no ratio was beyond its limit
+            values = torch.tensor(
+                rows, dtype=torch.float64
+            )  # NaN where no ratio was beyond its limit
             mean, count = values.nanmean(0), (~values.isnan()).sum(0)
             error = ((values - mean).square().nansum(0) / (count - 1) / count).sqrt()
             cells = (f"{m:18.4f} +- {e:6.4f}" for m, e in zip(mean, error))
@@ -234,10 +233,14 @@ def ratios_by_rank(run, args):
 
 
 def toy(args):
+    """Figure 5, or with --states its generalisation, in a folder of its own."""
     torch.set_num_threads(1)  # twenty times faster than more, where the machine is busy
     run = Run(args)
     ratios_by_rank(run, args) if args.states else figure_5(run, args)
     run.close()
+
+
+# From here on: the smallest complete PPO
 
 
 @dataclass
@@ -304,6 +307,19 @@ class Outputs(NamedTuple):
     actor_preactivations: torch.Tensor  # (B, D) of the last hidden layer
     critic_preactivations: torch.Tensor  # (B, D) of the last hidden layer
     held: torch.Tensor  # (B, K), the preactivations of the actor that PFO holds
+
+
+def numpy_layer(layer):
+    """A layer as a function of NumPy arrays (B, D); one not known here goes through torch."""
+    if isinstance(layer, nn.Tanh):
+        return np.tanh
+    if isinstance(layer, nn.ReLU):
+        return lambda x: np.maximum(x, 0)
+    if type(layer) is nn.Linear and layer.bias is not None:
+        weight, bias = (p.detach().cpu().numpy() for p in (layer.weight, layer.bias))
+        return lambda x: x @ weight.T + bias
+    layer = copy.deepcopy(layer).cpu()
+    return lambda x: layer(torch.from_numpy(x)).detach().numpy()
 
 
 class Agent(nn.Module):
@@ -373,7 +389,7 @@ class Agent(nn.Module):
         """(B,) log-probabilities of the actions (B,)."""
         return policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
-    def entropy(self, policy, actions=None):
+    def entropy(self, policy):
         """(B,) entropies."""
         return -(policy.exp() * policy).sum(-1)
 
@@ -381,22 +397,10 @@ class Agent(nn.Module):
         """(B,) KL(policy || other)."""
         return (policy.exp() * (policy - other)).sum(-1)
 
-    def variance(self, policy):
-        """Variance over the states (B,) of each action's probability, averaged."""
-        return policy.exp().var(0).mean()
-
-
-def numpy_layer(layer):
-    """A layer as a function of NumPy arrays (B, D); one not known here goes through torch."""
-    if isinstance(layer, nn.Tanh):
-        return np.tanh
-    if isinstance(layer, nn.ReLU):
-        return lambda x: np.maximum(x, 0)
-    if type(layer) is nn.Linear and layer.bias is not None:
-        weight, bias = (p.detach().cpu().numpy() for p in (layer.weight, layer.bias))
-        return lambda x: x @ weight.T + bias
-    layer = copy.deepcopy(layer).cpu()
-    return lambda x: layer(torch.from_numpy(x)).detach().numpy()
+    def policy_stats(self, policy, actions):
+        """What is logged as policy/NAME of a batch: a dict of scalars.
+        `variance` is that over the states of each action's probability, averaged."""
+        return {"variance": policy.exp().var(0).mean(), "entropy": self.entropy(policy).mean()}
 
 
 def make_optimizer(agent, args):
@@ -420,9 +424,8 @@ def evaluate(agent, obs):
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
 
-    All arguments are (T, E). `next_values` are those of the true next observations: at an
-    episode's end of its last one, which counts unless the episode terminated. Nothing passes from
-    one episode to another (`dones`)."""
+    All arguments are (T, E). `next_values` are those of the true next observations, at an episode's
+    end of its last one, and count unless it terminated; nothing passes beyond `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -450,17 +453,14 @@ def clipped_gradient(agent, loss, max_grad_norm):
     gradients = iter(torch.autograd.grad(loss, [p for group in agent.groups for p in group]))
     parts = [torch.cat([next(gradients).flatten() for _ in group]) for group in agent.groups]
     norms = [part.norm() for part in parts]
-    parts = [
-        part * (max_grad_norm / (norm + 1e-6)).clamp_max(1) for part, norm in zip(parts, norms)
-    ]
-    return torch.cat(parts), norms
+    scales = [(max_grad_norm / (norm + 1e-6)).clamp_max(1) for norm in norms]
+    return torch.cat([part * scale for part, scale in zip(parts, scales)]), norms
 
 
 def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_held):
-    """The gradient step's direction on a minibatch; all arguments from `obs` on start with (B,).
-    Returns the clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus
-    and PFO; a dict of scalars, each of which is logged as losses/NAME; and the policies (B, ...).
-    """
+    """The clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus and
+    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars,
+    each of which is logged as losses/NAME, and the policies (B, ...)."""
     new = agent(obs)
     logratio = agent.log_prob(new.policy, actions) - logprobs
     ratio = logratio.clamp(math.log(1e-7), math.log(1e9)).exp()
@@ -476,11 +476,8 @@ def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_h
         loss = loss + args.pfo_coef * pfo
     gradient, norms = clipped_gradient(agent, loss, args.max_grad_norm)
     losses |= {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-    # Schulman, "Approximating KL Divergence"
-    losses |= {
-        "old_approx_kl": -logratio.mean(),
-        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
-    }
+    kl = logratio.exp() - 1 - logratio  # Schulman, "Approximating KL Divergence"
+    losses |= {"old_approx_kl": -logratio.mean(), "approx_kl": kl.mean()}
     losses["clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
     return gradient, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
 
@@ -494,6 +491,7 @@ def feature_ranks(features):
     `feature_rank` (Lyle et al. 2022), `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero
     or empty matrix and NaN if an entry is not finite."""
     delta, eps = 0.01, torch.finfo(features.dtype).eps
+    rounding = max(10 * eps, 1e-9)  # of the sums, so that ties count exactly
     names = ("effective_rank", "pca_rank", "srank", "feature_rank", "torch_rank")
     if not features.isfinite().all():
         return dict.fromkeys(names, math.nan)
@@ -504,8 +502,8 @@ def feature_ranks(features):
     variance = sigma**2 / (sigma**2).sum()
     ranks = (
         torch.special.entr(p).sum().exp(),
-        (variance.cumsum(0) <= 1 - delta).sum() + 1,
-        (p.cumsum(0) <= 1 - delta).sum() + 1,
+        (variance.cumsum(0) <= 1 - delta + rounding).sum() + 1,
+        (p.cumsum(0) <= 1 - delta + rounding).sum() + 1,
         (sigma / math.sqrt(len(features)) > delta).sum(),
         (sigma > sigma[0] * max(features.shape) * eps).sum(),
     )
@@ -514,10 +512,9 @@ def feature_ranks(features):
 
 @torch.no_grad()
 def dead_neurons(features, activation):
-    """How many columns of `features` (N, D) do not vary (the paper's footnote 7).
-
-    For "relu" those that are 0 on all samples, for "tanh" those whose standard deviation is below
-    0.001. NaN is not dead. Raises ValueError for another `activation`."""
+    """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
+    on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
+    ValueError for another `activation`."""
     if activation == "relu":
         return int((features == 0).all(0).sum())
     if activation == "tanh":
@@ -621,7 +618,8 @@ def train(args):
     if args.capacity_interval:
         run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
     log_time, log_iteration = time.perf_counter(), 0
-    run.print_header()
+    tqdm.write(f"{run.dir} from step 0 on")
+    tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
     bar = tqdm(total=num_iterations * steps_per_iteration, unit=" steps", dynamic_ncols=True)
     for iteration in range(1, num_iterations + 1):
         logging, scalars = due(args.log_interval, iteration, num_iterations), {}
@@ -656,10 +654,7 @@ def train(args):
         if logging:
             scalars["representation/actor"] = representation(agent, args, "actor", old)
             scalars["representation/critic"] = representation(agent, args, "critic", old)
-            scalars["policy"] = {
-                "variance": agent.variance(old.policy),
-                "entropy": agent.entropy(old.policy, b_actions).mean(),
-            }
+            scalars["policy"] = agent.policy_stats(old.policy, b_actions)
 
         # PPO update
         if args.anneal_lr:
@@ -667,14 +662,13 @@ def train(args):
             optimizer.param_groups[0]["lr"] = lr
         batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs}
         batch |= {"advantages": b_advantages, "returns": b_returns, "old_held": old.held}
-        all_losses, policies, taken = [], [], []
+        all_losses, policies = [], []
         for _ in range(args.update_epochs):
             for minibatch in shuffled_minibatches(batch, args.minibatch_size):
                 vector.grad, losses, policy = gradient(agent, args, **minibatch)
                 optimizer.step()
                 all_losses.append(losses)
                 policies.append(policy)
-                taken.append(minibatch["actions"])
             if args.target_kl and losses["approx_kl"] > args.target_kl:
                 break
         if args.reset_adam:
@@ -704,8 +698,9 @@ def train(args):
             scalars["charts"]["SPS"] = (iteration - log_iteration) * batch_size / seconds
             log_time, log_iteration = time.perf_counter(), iteration
             scalars["losses"] = {k: torch.stack([x[k] for x in all_losses]).mean() for k in losses}
+            entropies = [agent.entropy(part) for part in torch.cat(policies).split(512)]
             scalars["losses"] |= {
-                "entropy": agent.entropy(torch.stack(policies), torch.stack(taken)).mean(),
+                "entropy": torch.cat(entropies).mean(),
                 "policy_objective_last_minibatch": -losses["policy_loss"],
                 "explained_variance": 1 - (b_returns - old.values).var() / b_returns.var(),
             }
@@ -715,15 +710,21 @@ def train(args):
         bar.update(steps_per_iteration)
 
         # Checkpoint
-        if not vector.isfinite().all():  # a state to look into
-            run.save("diverged", agent, optimizer)
+        if not vector.isfinite().all():
             what = "parameters" if b_obs.isfinite().all() else "observations and parameters"
-            fail(f"{what} are not finite at step {global_step}: checkpoints/diverged.pt", code=1)
+            fail(f"{what} are not finite at step {global_step}; {run.kept}", code=1)
         if due(args.snapshot_interval, iteration, num_iterations):
             run.save(global_step, agent, optimizer)
 
     bar.close()
     run.close()
+
+
+def main():
+    if sys.argv[1:2] == ["train"]:
+        train(tyro.cli(Args, prog=f"{Path(sys.argv[0]).name} train", args=sys.argv[2:]))
+    else:
+        toy(tyro.cli(ToyArgs))
 
 
 # What follows is no part of the toy or of PPO: messages, flags, environments, the folder of a run
@@ -743,23 +744,21 @@ def fail(message, code=2):
 def due(interval, iteration, num_iterations):
     """Whether this iteration is nearest to a multiple of `interval`, or the last; 0: never."""
     period = max(1.0, interval * num_iterations)
-    nearest = iteration == num_iterations or round(round(iteration / period) * period) == iteration
-    return interval > 0 and nearest
+    nearest = round(round(iteration / period) * period) == iteration
+    return interval > 0 and (nearest or iteration == num_iterations)
 
 
 def check_ranges(args):
     """Raises ValueError, which tyro shows, if a flag is out of its range or a name too long."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         bounds, value = getattr(hint, "__metadata__", [None])[0], getattr(args, name)
-        for number in value if isinstance(value, tuple) else [value]:
-            if not isinstance(bounds, tuple) or number is None:
-                continue
-            if not bounds[0] <= number <= bounds[1]:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
-    if args.run_name in (".", "..") or re.search(r"[/\\]", args.run_name):
+        numbers = value if isinstance(value, tuple) else [] if value is None else [value]
+        if isinstance(bounds, tuple) and not all(bounds[0] <= x <= bounds[1] for x in numbers):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
+    if re.search(r"[/\\]|^\.\.?$", args.run_name):
         raise ValueError(f"--run-name must be the name of a folder, not a path: {args.run_name}")
-    if any(len(os.fsencode(part)) > 200 for part in Path(args.runs_dir, args.run_name).parts):
+    if any(len(os.fsencode(x)) > 200 for x in Path(args.runs_dir, args.run_name).parts):
         raise ValueError("--runs-dir or --run-name has a part of more than 200 bytes")
 
 
@@ -774,6 +773,8 @@ def check(args):
     least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, a step of each
     if args.capacity_interval and args.capacity_steps < least:
         fail(f"--capacity-steps is {args.capacity_steps}: it must be {least} or more")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile needs a C++ compiler: g++, or the one that CXX names")
 
 
 class Envs:
@@ -788,40 +789,21 @@ class Envs:
         except Exception as error:  # whatever a task's constructor raises
             fail(f"--env-id {args.env_id} cannot be made: {error!r}")
         obs_space, space = self.envs[0].observation_space, self.envs[0].action_space
-        if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-            fail(f"--env-id {args.env_id} observes {obs_space}, which is not a flat Box")
-        if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-            fail(f"--env-id {args.env_id} acts by {space}, which is not Discrete from 0 on")
+        flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+        if not flat or not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+            what = f"observes {obs_space} and acts by {space}"
+            fail(f"--env-id {args.env_id} {what}: they must be a flat Box and Discrete from 0 on")
         self.obs_dim, self.action_dim = obs_space.shape[0], int(space.n)
         self.rng = np.random.default_rng([args.seed, stream])
         self.mask_rng = np.random.default_rng([args.seed, stream + 1])
         self.obs = np.zeros((num_envs, self.obs_dim), np.float32)
-        self.seeds, self.lengths, self.returns = [0] * num_envs, [0] * num_envs, [0.0] * num_envs
+        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs  # of the episodes that go on
         self.finished = []  # (return, length) of the episodes that ended since the last log
-
-    @contextlib.contextmanager
-    def blamed(self, i):
-        """What goes wrong inside environment i ends the run and says where."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            place = f"environment {i}, episode seed {self.seeds[i]}, step {self.lengths[i]}"
-            fail(f"the task crashed ({place}): {error!r}; {Run.kept}", code=1)
 
     def start(self, i):
         """Begin an episode of environment i."""
-        self.seeds[i], self.lengths[i], self.returns[i] = int(self.rng.integers(2**31)), 0, 0.0
-        with self.blamed(i):
-            self.obs[i], _ = self.envs[i].reset(seed=self.seeds[i])
-
-    def advance(self, i, action):
-        """One step of environment i: reward, terminated, truncated."""
-        self.lengths[i] += 1
-        with self.blamed(i):
-            self.obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
-            self.returns[i] += float(reward)
-        return reward, terminated, truncated
+        self.obs[i], _ = self.envs[i].reset(seed=int(self.rng.integers(2**31)))
+        self.returns[i], self.lengths[i] = 0.0, 0
 
     def reset(self):
         for i in range(len(self.envs)):
@@ -831,9 +813,12 @@ class Envs:
     def step(self, actions):
         """One step with the `actions` (E,): the next observations (E, D), rewards, terminations
         and truncations (E,), and the last observations of episodes that ended."""
-        outcomes = [self.advance(i, action) for i, action in enumerate(actions.tolist())]
-        final_obs = []
-        for i, (_, terminated, truncated) in enumerate(outcomes):
+        outcomes, final_obs = [], []
+        for i, action in enumerate(actions.tolist()):
+            self.obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
+            outcomes.append((reward, terminated, truncated))
+            self.returns[i] += float(reward)
+            self.lengths[i] += 1
             if terminated or truncated:
                 final_obs.append(self.obs[i].copy())
                 self.finished.append((self.returns[i], self.lengths[i]))
@@ -892,10 +877,6 @@ class Run:
                 self.writer.add_scalar(f"{group}/{name}", value, step)
         self.writer.flush()
 
-    def print_header(self):
-        tqdm.write(f"{self.dir} from step 0 on")
-        tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
-
     def print_row(self, step):
         cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
         tqdm.write(f"{step:12,}" + "".join(cells))
@@ -931,13 +912,6 @@ def never_fail(stream):
     stream.write, stream.flush = try_to_write, lambda: None
 
 
-def main():
-    if sys.argv[1:2] == ["train"]:
-        train(tyro.cli(Args, prog=f"{Path(sys.argv[0]).name} train", args=sys.argv[2:]))
-    else:
-        toy(tyro.cli(ToyArgs))
-
-
 if __name__ == "__main__":
     never_fail(sys.stdout)
     never_fail(sys.stderr)
@@ -949,3 +923,6 @@ if __name__ == "__main__":
         fail(f"{error}; {Run.kept}", code=1)
     except (MemoryError, torch.OutOfMemoryError):
         fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)
+    except Exception as error:  # of a task, for example
+        traceback.print_exc()
+        fail(f"{error!r}; {Run.kept}", code=1)
