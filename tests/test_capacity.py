@@ -1,27 +1,97 @@
-"""capacity.py: the inline values again, its options, and going on after an interruption."""
+"""capacity.py: the run's own curve again, its options, odd files, and going on after a fault."""
 
+import functools
+import importlib
 import json
-import signal
-import subprocess
+import math
+import os
+import random
+import shutil
 import sys
-import time
 
+import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_scalars
+from conftest import ROOT, SMALL, Process, call, checkpoints, fault_at, read_scalars
 
 import capacity
 
 NAMES = ("actor", "critic", "actor_last_minibatch", "critic_last_minibatch")
+TOY = "ppo_toy"  # whose runs take a moment
 
 
-def measure(monkeypatch, *arguments):
-    """capacity.py with these arguments, and the results of the last run named."""
-    monkeypatch.setattr(sys, "argv", ["capacity.py", *map(str, arguments)])
-    capacity.main()
-    args = capacity.parse_args(capacity.Args)
-    return json.loads((args.runs[-1] / f"capacity-{args.settings()}" / "results.json").read_text())
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(script, flags): the folder of a small finished run, which nobody may change."""
+
+    @functools.cache
+    def run(script, flags=""):
+        folder = tmp_path_factory.mktemp("finished")
+        command = f"{script}.py {SMALL[script]} --runs-dir {folder} --run-name run {flags}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", command.split())
+            importlib.import_module(script).main()
+        return folder / "run"
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied(name, script, flags): such a run's copy of its own in a folder of runs."""
+
+    def copy(name="run", script=TOY, flags=""):
+        return shutil.copytree(finished(script, flags), tmp_path / "runs" / name)
+
+    return copy
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """measure(run_dir, ..., flag, ...): capacity.py, and the results of the last run named."""
+
+    def measure(*arguments):
+        monkeypatch.setattr(sys, "argv", ["capacity.py", *map(str, arguments)])
+        capacity.main()
+        args = capacity.tyro.cli(capacity.Args)
+        return read_results(args.runs[-1], args.settings())
+
+    return measure
+
+
+@pytest.fixture
+def errors(measure, capsys):
+    """errors(run_dir, ...): the lines that capacity.py ends with, without "error: "."""
+
+    def errors(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            measure(*arguments)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        lines = [line for line in said.replace("\r", "\n").splitlines() if "capacity.py: " in line]
+        assert all("capacity.py: error: " in line for line in lines), lines
+        return [line.partition("error: ")[2] for line in lines]
+
+    return errors
+
+
+def read_results(run_dir, settings="default"):
+    return json.loads((run_dir / f"capacity-{settings}" / "results.json").read_text())
+
+
+def put(run_dir, text, settings="default"):
+    """Bytes as the run's results.json, and its path."""
+    path = run_dir / f"capacity-{settings}" / "results.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text)
+    return path
+
+
+# The run's own curve
 
 
 @pytest.mark.parametrize(
@@ -30,144 +100,553 @@ def measure(monkeypatch, *arguments):
         ("ppo_mujoco", ""),
         ("ppo_mujoco", "--activation relu --share-trunk --capacity-data initial --seed 3"),
         ("ppo_atari", ""),
-        ("ppo_toy", ""),
+        (TOY, ""),
+        (TOY, "--capacity-data initial --learning-rate 0.003 --adam-beta2 0.9"),
     ],
 )
-def test_the_defaults_give_exactly_the_inline_values(run, monkeypatch, script, flags):
-    run_dir = run(script, flags)
-    inline = read_scalars(run_dir)
-    results = measure(monkeypatch, run_dir)
-    assert results.keys() == {"0"} and len(results["0"]) >= 3
+def test_the_defaults_give_the_run_its_own_curve(copied, measure, script, flags):
+    run_dir = copied("run", script, flags)
+    inline, results = read_scalars(run_dir), measure(run_dir)
+    assert results.keys() == {"0"} and len(results["0"]) == 5
+    beside = read_scalars(run_dir / "capacity-default")
     for name in NAMES:
         logged = {str(step): value for step, value in inline[f"capacity/{name}"]}
-        measured = {step: float(np.float32(losses[name])) for step, losses in results["0"].items()}  # events hold float32
+        measured = {k: float(np.float32(x[name])) for k, x in results["0"].items()}  # as in events
         assert measured == logged, name
-    assert read_scalars(run_dir) == inline or repr(read_scalars(run_dir)) == repr(inline)  # beside, not over
-    beside = read_scalars(run_dir / "capacity-default")
-    assert all(beside[f"capacity/{name}"] == inline[f"capacity/{name}"] for name in NAMES)
+        assert beside[f"capacity/{name}"] == inline[f"capacity/{name}"]
 
 
-def test_several_targets_have_a_mean_and_a_spread(run, monkeypatch, capsys):
-    run_dir = run("ppo_toy")
-    results = measure(monkeypatch, run_dir, "--num-targets", 3)
-    assert results["0"] == measure(monkeypatch, run_dir)["0"]  # the first is the run's own
+@pytest.mark.parametrize("data", ["target", "initial"])
+def test_a_fork_has_its_own_curve_again(run, measure, data):
+    parent = run("ppo_mujoco", f"--capacity-data {data}", name="parent")
+    flags = f"--fork-from {parent}/checkpoints/256.pt --seed 5"
+    fork = run("ppo_mujoco", flags, name="fork")
+    logged, results = read_scalars(fork)["capacity/actor"], measure(fork)["0"]
+    assert {step for step, _ in logged} == {384, 512}
+    assert all(float(np.float32(results[str(step)]["actor"])) == value for step, value in logged)
+
+
+def test_the_run_is_left_as_it_was(copied, measure):
+    run_dir = copied()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    measure(run_dir, "--controls")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    folders = {path.relative_to(run_dir).parts[0] for path in {*run_dir.rglob("*")} - {*before}}
+    assert folders == {"checkpoints", "capacity-controls"}
+    names = {path.name for path in (run_dir / "capacity-controls").iterdir()}
+    assert names == {".lock", "results.json", "events.out.tfevents.capacity"}
+
+
+def test_runs_with_other_settings_are_measured_one_after_another(copied, measure):
+    """Nothing of one run is left for the next."""
+    run_dirs = [copied("a"), copied("b", flags="--seed 2 --activation relu")]
+    together = measure(*run_dirs), read_results(run_dirs[0])
+    for run_dir in run_dirs:
+        shutil.rmtree(run_dir / "capacity-default")
+    assert together == (measure(run_dirs[1]), measure(run_dirs[0]))
+
+
+# Options
+
+
+def test_several_targets_have_a_mean_and_a_spread(copied, measure, capsys):
+    run_dir = copied()
+    results = measure(run_dir, "--num-targets", 3)
+    shown = capsys.readouterr().out
+    assert results["0"] == measure(run_dir)["0"]  # the first is the run's own
     assert results["0"] != results["1"] != results["2"]
     values = [results[target]["512"]["actor"] for target in "012"]
     beside = read_scalars(run_dir / "capacity-targets3")
     assert dict(beside["capacity/actor"])[512] == pytest.approx(np.mean(values))
     assert dict(beside["capacity/actor_std"])[512] == pytest.approx(np.std(values, ddof=1))
-    assert f"{np.mean(values):.5g} +- {np.std(values, ddof=1):.2g}" in capsys.readouterr().out
+    assert f"{np.mean(values):.5g} +- {np.std(values, ddof=1):.2g}" in shown
 
 
 @pytest.mark.parametrize(
-    "option", ["--epochs 3", "--learning-rate 0.01", "--data initial", "--data checkpoint", "--optimizer loaded"]
+    "option", ["--epochs 3", "--learning-rate 0.01", "--data initial", "--data checkpoint"]
 )
-def test_every_option_acts(run, monkeypatch, option):
-    run_dir = run("ppo_toy")
-    assert measure(monkeypatch, run_dir, *option.split())["0"]["512"] != measure(monkeypatch, run_dir)["0"]["512"]
+def test_every_option_acts(copied, measure, option):
+    run_dir = copied()
+    assert measure(run_dir, *option.split())["0"]["512"] != measure(run_dir)["0"]["512"]
 
 
-def test_the_controls_tell_what_the_number_is_worth(run, monkeypatch):
-    """The fresh network fits as the run's first checkpoint does; heads alone fit worse than the whole network."""
-    run_dir = run("ppo_toy", "--capacity-epochs 5 --learning-rate 0.005")
-    losses = measure(monkeypatch, run_dir, "--controls")["0"]
-    assert losses["fresh"]["critic"] < 3 * losses["0"]["critic"] and losses["0"]["critic"] < 3 * losses["fresh"]["critic"]
-    assert losses["fresh"] != losses["0"]
-    assert losses["0"]["critic"] < losses["0"]["heads_only_critic"]
-    assert {name: losses["512"][name] for name in NAMES} == measure(monkeypatch, run_dir)["0"]["512"]
+@pytest.mark.parametrize("script", ["ppo_mujoco", TOY])
+def test_a_loaded_optimizer_is_the_checkpoints(copied, measure, monkeypatch, script):
+    run_dir, module, given = copied("run", script), importlib.import_module(script), []
+    fit = module.capacity_loss
+
+    def spy(*args, adam_state=None):
+        moments = adam_state[0] if adam_state else {}
+        given.append({name: x.clone() for name, x in moments.items()})
+        return fit(*args, adam_state=adam_state)
+
+    monkeypatch.setattr(module, "capacity_loss", spy)
+    loaded = measure(run_dir, "--optimizer", "loaded")["0"]
+    for moments, path in zip(given, checkpoints(run_dir).values(), strict=True):
+        saved = torch.load(path, weights_only=True)["optimizer"]["state"].get(0, {})
+        assert moments.keys() == saved.keys()
+        assert all(torch.equal(moments[name], saved[name]) for name in saved)
+    assert given[0] == {} and {"exp_avg", "exp_avg_sq", "step"} <= given[-1].keys()
+    fresh = measure(run_dir)["0"]
+    assert loaded["0"] == fresh["0"] and loaded["512"] != fresh["512"]
+
+
+def test_the_controls_tell_what_the_number_is_worth(copied, measure):
+    """The fresh network fits as the run's first checkpoint does, heads alone worse than all."""
+    run_dir = copied(flags="--capacity-epochs 5 --learning-rate 0.005")
+    losses = measure(run_dir, "--controls")["0"]
+    first, fresh = losses["0"], losses["fresh"]
+    assert fresh["critic"] < 3 * first["critic"] < 9 * fresh["critic"]
+    assert fresh["critic"] not in (first["critic"], first["heads_only_critic"])
+    assert first["critic"] < first["heads_only_critic"]
+    assert {k: losses["512"][k] for k in NAMES} == measure(run_dir)["0"]["512"]
+    tags = read_scalars(run_dir / "capacity-controls")
+    assert tags["capacity/fresh_critic"] == [(0, np.float32(fresh["critic"]))]
+    assert len(tags["capacity/heads_only_actor"]) == 5
 
 
 @pytest.mark.parametrize("flags", ["", "--share-trunk", "--policy-std free"])
-def test_the_heads_alone_are_fitted_on_frozen_features(run, monkeypatch, flags):
+def test_the_heads_alone_are_fitted_on_frozen_features(copied, measure, monkeypatch, flags):
     import ppo_mujoco
 
-    run_dir, groups, optimized = run("ppo_mujoco", flags), [], ppo_mujoco.make_optimizer
-    monkeypatch.setattr(ppo_mujoco, "make_optimizer", lambda agent, args: groups.append(agent) or optimized(agent, args))
-    measure(monkeypatch, run_dir, "--controls")
-    whole, heads = groups[:2]  # the copies that were fitted: of the whole network, and of its heads
+    run_dir, fitted = copied("run", "ppo_mujoco", flags), []
+    make_optimizer = ppo_mujoco.make_optimizer
+    spy = lambda agent, args: fitted.append(agent) or make_optimizer(agent, args)  # noqa: E731
+    monkeypatch.setattr(ppo_mujoco, "make_optimizer", spy)
+    measure(run_dir, "--controls")
+    whole, heads = fitted[:2]  # the copies that were fitted
     before = torch.load(run_dir / "checkpoints" / "0.pt", weights_only=True)["agent"]
     for name, weights in before.items():
         assert not torch.equal(whole.state_dict()[name], weights), name
         assert torch.equal(heads.state_dict()[name], weights) == ("trunk" in name), name
 
 
-def test_what_is_done_is_skipped_and_a_broken_off_call_goes_on(run, monkeypatch):
-    import ppo_toy
-
-    run_dir = run("ppo_toy")
-    whole = measure(monkeypatch, run_dir, "--num-targets", 2)
-    results = run_dir / "capacity-targets2" / "results.json"
-    part = json.loads(results.read_text())
-    del part["0"]["512"], part["1"]["0"]
-    results.write_text(json.dumps(part))
-    calls, fit = [], ppo_toy.capacity_loss
-    monkeypatch.setattr(ppo_toy, "capacity_loss", lambda *args, **kwargs: calls.append(1) or fit(*args, **kwargs))
-    assert measure(monkeypatch, run_dir, "--num-targets", 2) == whole and len(calls) == 2
-    assert measure(monkeypatch, run_dir, "--num-targets", 2) == whole and len(calls) == 2
-
-
-def test_several_runs_side_by_side_give_the_same(run, monkeypatch):
-    run_dirs = [run("ppo_toy", name="a"), run("ppo_toy", "--seed 2", name="b")]
-    alone = [measure(monkeypatch, run_dir) for run_dir in run_dirs]
-    for run_dir in run_dirs:
-        for path in (run_dir / "capacity-default").iterdir():
-            path.unlink()
-    assert measure(monkeypatch, *run_dirs, "--jobs", 2) == alone[1]
-    assert json.loads((run_dirs[0] / "capacity-default" / "results.json").read_text()) == alone[0]
-
-
-def test_runs_side_by_side_with_a_bad_one(run, monkeypatch, capsys, tmp_path):
-    run_dirs = [run("ppo_toy", name="a"), tmp_path / "nothing", run("ppo_toy", "--seed 2", name="b")]
-    (run_dirs[0] / "checkpoints" / "128.pt").write_bytes(b"damaged")
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("", "runs/NAME"),
+        ("runs/run --num-targets 0", "--num-targets"),
+        ("runs/run --num-targets 1000001", "--num-targets"),
+        ("runs/run --num-targets two", "--num-targets"),
+        ("runs/run --epochs -1", "--epochs"),
+        ("runs/run --epochs 4097", "--epochs"),
+        ("runs/run --learning-rate nan", "--learning-rate"),
+        ("runs/run --learning-rate inf", "--learning-rate"),
+        ("runs/run --learning-rate -1", "--learning-rate"),
+        ("runs/run --learning-rate 1e-20", "--learning-rate"),
+        ("runs/run --data mine", "--data"),
+        ("runs/run --optimizer sgd", "--optimizer"),
+        ("runs/run --jobs 2", "--jobs"),
+        ("runs/run --cuda", "CUDA device"),
+    ],
+)
+def test_a_bad_flag_is_named_and_nothing_is_created(
+    copied, measure, monkeypatch, capsys, flags, named
+):
+    run_dir = copied()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(run_dir.parents[1])
     with pytest.raises(SystemExit) as stop:
-        measure(monkeypatch, *run_dirs, run_dirs[0], "--jobs", 2, "--num-targets", 2)
-    said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stop.value.code == 2 and len(said) == 2  # the damaged file once, not once per target
-    assert any("128.pt cannot be read" in line for line in said) and any("nothing is not" in line for line in said)
-    for run_dir, count in ((run_dirs[0], 4), (run_dirs[2], 5)):
-        results = json.loads((run_dir / "capacity-targets2" / "results.json").read_text())
-        assert [len(known) for known in results.values()] == [count, count]
+        measure(*flags.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and named in said and "Traceback" not in said
+    assert {path.name for path in run_dir.iterdir()} >= {"args.json", "checkpoints"}
+    assert not list(run_dir.glob("capacity-*"))
 
 
-def test_a_second_process_is_refused(run, monkeypatch, capsys):
-    run_dir = run("ppo_toy")
-    with capacity.Run(run_dir, capacity.Args(runs=(run_dir,))).alone(), pytest.raises(SystemExit) as stop:
-        measure(monkeypatch, run_dir)
-    assert stop.value.code == 2 and "another process is at work" in capsys.readouterr().err
-    assert not (run_dir / "capacity-default").exists()  # nothing was written
-    assert len(measure(monkeypatch, run_dir)["0"]) == 5
+# Odd files
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_an_interrupted_call_ends_with_its_workers_and_goes_on(run, tmp_path, jobs):
-    run_dir = run("ppo_toy")
-    command = [sys.executable, str(ROOT / "capacity.py"), str(run_dir), "--num-targets", "200", "--jobs", str(jobs)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    results = run_dir / "capacity-targets200" / "results.json"
-    while not results.exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)  # with the last worker, which holds stderr as well
-    assert process.returncode == 130 and "interrupted: the same call goes on" in stderr and "Traceback" not in stderr
-    assert 0 < len(json.loads(results.read_text())) < 200
-    with capacity.Run(run_dir, capacity.Args(runs=(run_dir,), num_targets=200)).alone():  # nobody is at work any more
+def odd_checkpoints(good, state):
+    """(what is wrong, what the line says, bytes or a state) of files in place of a checkpoint."""
+    args, half = state["args"], len(good) // 2
+    agent = {name: torch.zeros(2) for name in state["agent"]}
+
+    def flags(**changed):
+        return state | {"args": args | changed}
+
+    yield "empty", "is damaged", b""
+    yield "a text", "is damaged", b"text"
+    yield "half a zip", "is damaged", b"PK\x03\x04 half a zip"
+    yield "cut", "is damaged", good[:half]
+    yield "its end gone", "is damaged", good[:-1]
+    middle = good.index(state["agent"]["critic_head.weight"].numpy().tobytes())
+    yield (
+        "a flipped bit",
+        "checksum",
+        good[:middle] + bytes([good[middle] ^ 4]) + good[middle + 1 :],
+    )
+    yield "a dict", "is no state", {}
+    yield "a list", "is no state", [1, 2, 3]
+    yield "a tensor", "is no state", torch.zeros(3)
+    for part in ("script", "args", "agent", "optimizer", "obs_stats", "global_step"):
+        yield f"without {part}", "is no state", {k: x for k, x in state.items() if k != part}
+    yield "another script", "is no state", state | {"script": "os"}
+    yield "a tensor as script", "is no state", state | {"script": torch.zeros(3)}
+    yield "another step", "holds step 256", state | {"global_step": 256}
+    yield "a tensor as step", "RuntimeError", state | {"global_step": torch.zeros(3)}
+    yield "an unknown flag", "evil", flags(evil=1)
+    yield "flags of no dict", "TypeError", state | {"args": 3}
+    yield "another width", "size mismatch", flags(width=7)
+    yield "other shapes", "size mismatch", state | {"agent": agent}
+    yield "other weights", "Missing key", state | {"agent": {"x": torch.zeros(2)}}
+    yield "weights of no dict", "TypeError", state | {"agent": [1]}
+    yield "another task", "size mismatch", flags(env_id="Acrobot-v1")
+    yield "no task", "cannot be made", flags(env_id="NoSuchTask-v0")
+    yield "a module", "--allow-module antigravity", flags(env_id="antigravity:Task-v0")
+    yield "nothing to fit", "less than a minibatch", flags(capacity_steps=1)
+    yield "absurd threads", "--torch-threads", flags(torch_threads=100_000)
+    yield "no epochs", "--capacity-epochs", flags(capacity_epochs=0)
+    yield "no width", "--width", flags(width=-3)
+    for name in ("width", "capacity_steps", "seed", "torch_threads", "minibatch_size"):
+        yield f"a word as {name}", "", flags(**{name: "x"})
+    yield "half a thread", "set_num_threads", flags(torch_threads=1.5)
+
+
+def test_odd_checkpoints_are_named_and_the_rest_is_done(copied, measure, errors):
+    bad, good = copied("bad"), copied("good")
+    expected = read_results_of(measure, good)
+    folder = bad / "checkpoints"
+    state = torch.load(folder / "128.pt", weights_only=True)
+    odd = {}
+    for number, case in enumerate(odd_checkpoints((folder / "128.pt").read_bytes(), state)):
+        what, reason, content = case
+        path = folder / f"{1000 + number}.pt"
+        odd[path.name] = what, reason
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            if isinstance(content, dict) and content.get("global_step") is state["global_step"]:
+                content = content | {"global_step": 1000 + number}
+            torch.save(content, path)
+    (folder / "2000.pt").mkdir()
+    os.mkfifo(folder / "2001.pt")
+    (folder / "2002.pt").symlink_to("2002.pt")
+    (folder / "2003.pt").symlink_to("nowhere")
+    odd |= {f"{number}.pt": ("no file", "is not a file") for number in range(2000, 2004)}
+    for name in ("²", "٣", "best", "-1", "007", "1" * 30, "1.5", " 5"):
+        shutil.copy(folder / "128.pt", folder / f"{name}.pt")
+        odd[f"{name}.pt"] = "no step", "its name is not a step"
+    shutil.copy(folder / "128.pt", folder / "diverged.pt")  # what a run leaves: nothing is said
+    (folder / "5.pt.tmp").write_bytes(b"")
+    said = errors(bad, copied("other"), "--num-targets", 2)
+    assert len(said) == len(odd) and len(odd) > 45
+    for name, (what, reason) in odd.items():
+        [line] = [line for line in said if line.startswith(f"{folder / name}: ")]
+        assert reason in line and len(line) < 700, (what, line)
+    assert "antigravity" not in sys.modules
+    assert read_results(bad, "targets2")["0"] == expected["0"]
+    assert read_results(bad, "targets2")["1"].keys() == expected["0"].keys()
+    assert read_results(bad.parent / "other", "targets2")["0"] == expected["0"]
+
+
+def read_results_of(measure, run_dir):
+    results = measure(run_dir)
+    assert results["0"].keys() == {"0", "128", "256", "384", "512"}
+    return results
+
+
+def test_mujoco_checkpoints_of_another_width_or_task_are_named(copied, errors):
+    run_dir = copied("run", "ppo_mujoco")
+    for step, changed in ((128, {"width": 32}), (256, {"env_id": "Ant-v4"}), (384, {"evil": 1})):
+        path = run_dir / "checkpoints" / f"{step}.pt"
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"args": state["args"] | changed}, path)
+    said = errors(run_dir)
+    assert [line.partition(": ")[0][-6:] for line in said] == ["128.pt", "256.pt", "384.pt"]
+    assert "size mismatch" in said[0] and "evil" in said[2]
+    assert read_results(run_dir)["0"].keys() == {"0", "512"}
+
+
+def test_no_flipped_bit_changes_a_number(copied):
+    path = copied() / "checkpoints" / "512.pt"
+    good, chance = path.read_bytes(), random.Random(1)
+    weights, refused = torch.load(path, weights_only=True)["agent"], 0
+    for _ in range(60):
+        content = bytearray(good)
+        content[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        try:
+            state, *_ = capacity.load_checkpoint(path, "")
+        except capacity.Unusable as problem:
+            refused += 1
+            assert "damaged" in str(problem)
+        else:  # a bit that says nothing, as those of dates
+            assert all(torch.equal(x, weights[name]) for name, x in state["agent"].items())
+    assert refused > 30
+
+
+def odd_results():
+    """Files in place of results.json."""
+    fit = '{"actor": 0.5, "critic": 0.5}'
+    yield from (b"", b"text", b"[]", b"3", b"null", b'"0"', b"\xff\xfe\xfa", b"[" * 100_000)
+    for text in (
+        '{"0": []}',
+        '{"0": {"128": []}}',
+        '{"0": {"128": 0.5}}',
+        '{"0": {"128": {}}}',
+        '{"0": {"128": {"actor": 0.5}}}',
+        '{"0": {"128": {"actor": {}, "critic": 0.5}}}',
+        '{"0": {"128": {"actor": [1.0], "critic": 0.5}}}',
+        '{"0": {"128": {"actor": "0.5", "critic": 0.5}}}',
+        '{"0": {"128": {"actor": true, "critic": 0.5}}}',
+        '{"0": {"128": {"actor": NaN, "critic": 0.5}}}',
+        '{"0": {"128": {"actor": 1e999, "critic": 0.5}}}',
+        '{"0": {"128": {"actor": -Infinity, "critic": 0.5}}}',
+        '{"0": {"128": {"actor": 0.5, "critic": 0.5, "\\ud800": 0.5}}}',
+        f'{{"1": {{"128": {fit}}}}}',
+        f'{{"zero": {{"128": {fit}}}}}',
+        f'{{"0": {{"²": {fit}}}}}',
+        f'{{"0": {{"{10**30}": {fit}}}}}',
+        f'{{"0": {{"latest": {fit}}}}}',
+        f'{{"128": {fit}}}',
+        '{"0": {"128": {"actor": 0.5, "critic": 0.5}}',
+    ):
+        yield text.encode()
+
+
+def test_odd_results_are_named_and_left_and_other_runs_are_done(copied, errors):
+    odd = [put(copied(f"odd{i}"), content) for i, content in enumerate(odd_results())]
+    before = [path.read_bytes() for path in odd]
+    for name in ("folder", "fifo", "loop"):
+        odd.append(put(copied(name), b""))
+        odd[-1].unlink()
+    odd[-3].mkdir()
+    os.mkfifo(odd[-2])
+    odd[-1].symlink_to("results.json")
+    good = copied("good")
+    said = errors(*(path.parents[1] for path in odd), good)
+    assert len(said) == len(odd) and len(odd) > 25
+    for path, line in zip(odd, said):
+        assert line.startswith(f"{path.parents[1]}: {path} cannot be used, move it away: "), line
+    assert [path.read_bytes() for path in odd[:-3]] == before and odd[-2].is_fifo()
+    assert len(read_results(good)["0"]) == 5
+
+
+def test_folders_that_are_no_runs_are_named(copied, errors, tmp_path):
+    runs = tmp_path / "runs"
+    good = copied("good")
+    (runs / "file").write_text("no run")
+    os.mkfifo(runs / "fifo")
+    (runs / "loop").symlink_to("loop")
+    for name in ("empty", "checkpoints_file/x", "diverged/checkpoints", "inner_loop"):
+        (runs / name).mkdir(parents=True)
+    (runs / "checkpoints_file" / "checkpoints").write_text("no folder")
+    (runs / "inner_loop" / "checkpoints").symlink_to("checkpoints")
+    shutil.copy(good / "checkpoints" / "0.pt", runs / "diverged" / "checkpoints" / "diverged.pt")
+    (copied("results_file") / "capacity-default").write_text("no folder")
+    (copied("unfinished") / "capacity-default" / "unfinished").mkdir(parents=True)
+    no_run = [runs / name for name in ("nothing", "file", "fifo", "loop")]
+    empty = [runs / x for x in ("empty", "checkpoints_file", "diverged", "inner_loop")]
+    unwritable = [runs / "results_file", runs / "unfinished"]
+    said = errors(*no_run, *empty, *unwritable, good, good)
+    assert len(said) == 10
+    for path, line in zip([*no_run, *empty, *unwritable], said):
+        assert line.startswith(f"{path}: "), line
+    assert all("is not the folder of a run" in line for line in said[:4])
+    assert all("has no checkpoints" in line for line in said[4:8])
+    assert "exists" in said[8] and len(read_results(good)["0"]) == 5
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads everything")
+def test_what_may_not_be_read_is_named_by_the_system(copied, errors):
+    run_dir = copied()
+    (run_dir / "checkpoints" / "128.pt").chmod(0)
+    [said] = errors(run_dir)
+    assert "128.pt: it is damaged or no checkpoint: PermissionError" in said
+
+
+def test_what_cannot_be_read_is_named(copied, errors, monkeypatch):
+    run_dir, open_zip = copied(), capacity.zipfile.ZipFile
+
+    def denied(path):
+        if path.stem == "128":
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_zip(path)
+
+    monkeypatch.setattr(capacity.zipfile, "ZipFile", denied)
+    [said] = errors(run_dir)
+    assert "128.pt: it is damaged or no checkpoint: PermissionError" in said
+    assert len(read_results(run_dir)["0"]) == 4
+
+
+def test_a_malicious_checkpoint_is_not_executed(copied, errors, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    run_dir = copied()
+    torch.save({"script": TOY, "agent": Malicious()}, run_dir / "checkpoints" / "128.pt")
+    [said] = errors(run_dir)
+    assert "128.pt: " in said and not (tmp_path / "executed").exists()
+
+
+def test_a_module_is_imported_only_if_it_is_named(run, measure, errors):
+    """probe_envs is found in tests/, as a module of the user's would be."""
+    run_dir = run("ppo_mujoco", "--env-id probe_envs:Clock-v0 --capacity-interval 0")
+    before = sys.modules.pop("probe_envs")
+    said = errors(run_dir)
+    assert len(said) == 5 and all("--allow-module probe_envs" in line for line in said)
+    assert "probe_envs" not in sys.modules
+    assert len(measure(run_dir, "--allow-module", "probe_envs")["0"]) == 5
+    sys.modules["probe_envs"] = before
+
+
+def test_losses_that_are_not_finite_are_null_and_done(copied, measure, monkeypatch):
+    run_dir, module = copied(), importlib.import_module(TOY)
+    path = run_dir / "checkpoints" / "512.pt"
+    state = torch.load(path, weights_only=True)
+    state["agent"]["critic_head.weight"][:] = math.nan
+    torch.save(state, path)
+    losses = measure(run_dir)["0"]["512"]
+    assert losses["critic"] is None and losses["actor"] is None or losses["actor"] > 0
+    (step, value) = read_scalars(run_dir / "capacity-default")["capacity/critic"][-1]
+    assert step == 512 and math.isnan(value)
+    monkeypatch.setattr(module, "capacity_loss", None)  # nothing is fitted again
+    assert measure(run_dir)["0"]["512"] == losses
+
+
+# Going on
+
+
+def test_what_is_done_is_skipped_and_the_table_shown_again(copied, measure, monkeypatch, capsys):
+    module, run_dir = importlib.import_module(TOY), copied()
+    whole = measure(run_dir, "--num-targets", 2, "--controls")
+    table = capsys.readouterr().out
+    assert table.count("\n") == 8 and table.splitlines()[-1].split()[0] == "fresh"
+    calls, fit = [], module.capacity_loss
+    spy = lambda *args, **kwargs: calls.append(1) or fit(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(module, "capacity_loss", spy)
+    assert measure(run_dir, "--num-targets", 2, "--controls") == whole and not calls
+    assert capsys.readouterr().out == table
+    part = json.loads(json.dumps(whole))
+    del part["0"]["512"], part["1"]["0"], part["1"]["fresh"]
+    path = put(run_dir, json.dumps(part).encode(), "targets2-controls")
+    assert measure(run_dir, "--num-targets", 2, "--controls") == whole
+    assert len(calls) == 5  # two with heads and a fresh network
+    path.unlink()
+    (run_dir / "checkpoints" / "128.pt").unlink()
+    assert measure(run_dir, "--num-targets", 2, "--controls")["0"].keys() == {*whole["0"]} - {"128"}
+
+
+@pytest.mark.parametrize("function", ["replace", "write_bytes"])
+def test_a_reader_sees_whole_files_whenever_it_is_interrupted(
+    copied, measure, monkeypatch, function
+):
+    """At every write: half of the bytes arrive, and then the process ends."""
+    owner = {"replace": capacity.os, "write_bytes": capacity.Path}[function]
+    whole_dir, run_dir = copied("whole"), copied("run")
+    whole, original, done = measure(whole_dir), getattr(owner, function), 0
+    for _ in range(20):
+        calls = []
+
+        def interrupted(path, content):
+            calls.append(1)  # noqa: B023
+            if len(calls) == 3:  # noqa: B023
+                if function == "write_bytes":
+                    original(path, content[: len(content) // 2])
+                raise KeyboardInterrupt
+            return original(path, content)
+
+        monkeypatch.setattr(owner, function, interrupted)
+        try:
+            results = measure(run_dir)
+            break
+        except KeyboardInterrupt:
+            read = read_results(run_dir)["0"]
+            assert read.items() <= whole["0"].items() and len(read) > done
+            done = len(read)
+            events = read_scalars(run_dir / "capacity-default")["capacity/actor"]
+            assert len(events) == done  # this call's third write is the events' second
+    assert done == 4 and results == whole
+    ours, theirs = (read_scalars(x / "capacity-default") for x in (run_dir, whole_dir))
+    assert ours == theirs
+
+
+def test_events_are_never_behind_the_results(copied, measure, monkeypatch):
+    """What results.json holds is not done again, so the events must be there before it."""
+    run_dir, replace, calls = copied(), os.replace, []
+
+    def interrupted(path, target):
+        calls.append(1)
+        if len(calls) == 10:  # the last of five times two
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(run_dir)
+    measure(run_dir)
+    assert len(read_scalars(run_dir / "capacity-default")["capacity/actor"]) == 5
+
+
+def test_a_full_disk_is_named_and_other_runs_are_done(copied, measure, errors, monkeypatch):
+    full, good, write = copied("full"), copied("good"), capacity.Path.write_bytes
+    measure(full)
+    before = read_results(full)
+
+    def full_disk(path, content):
+        if "full" in path.parts:
+            write(path, content[:10])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(capacity.Path, "write_bytes", full_disk)
+    shutil.copy(full / "checkpoints" / "512.pt", full / "checkpoints" / "640.pt")
+    state = torch.load(full / "checkpoints" / "512.pt", weights_only=True)
+    torch.save(state | {"global_step": 640}, full / "checkpoints" / "640.pt")
+    [said] = errors(full, good)
+    assert said.startswith(f"{full}: ") and "No space left" in said
+    assert read_results(full) == before and len(read_results(good)["0"]) == 5
+
+
+def test_a_second_process_is_refused(copied, measure, errors):
+    run_dir, other = copied("run"), copied("other")
+    (run_dir / "capacity-default").mkdir()
+    with filelock.FileLock(run_dir / "capacity-default" / ".lock"):
+        [said] = errors(run_dir, other)
+    assert said == f"{run_dir}: another process is at work on it"
+    assert not (run_dir / "capacity-default" / "results.json").exists()
+    assert len(read_results(other)["0"]) == len(measure(run_dir)["0"]) == 5
+
+
+def test_two_processes_and_a_kill_spoil_nothing(copied, measure):
+    run_dir = copied()
+    flags, folder = [run_dir, "--num-targets", "500"], run_dir / "capacity-targets500"
+    first = Process("capacity", flags).wait_until((folder / "results.json").exists)
+    second = call("capacity", flags)
+    assert first.running() and second.returncode == 2
+    assert second.stderr.rstrip().endswith("another process is at work on it")
+    first.kill()
+    done = read_results(run_dir, "targets500")["0"]
+    assert done and done.items() <= measure(copied("whole"))["0"].items()
+    with filelock.FileLock(folder / ".lock", timeout=0):  # nobody is at work any more
         pass
 
 
-def test_the_workers_of_a_killed_process_end(run):
-    run_dir = run("ppo_toy")
-    command = [sys.executable, str(ROOT / "capacity.py"), str(run_dir), "--num-targets", "2000", "--jobs", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (run_dir / "capacity-targets2000" / "results.json").exists():
-        time.sleep(0.02)
-    process.kill()
-    process.communicate(timeout=60)
+def test_control_c_is_one_line_and_the_same_command_goes_on(copied, measure):
+    run_dir = copied()
+    prepare = fault_at(f"{TOY}:capacity_loss", 3, "SIGINT")
+    process = call("capacity", [run_dir], prepare=prepare)
+    assert process.returncode == 130 and "Traceback" not in process.stderr
+    lines = process.stderr.replace("\r", "\n").strip().splitlines()
+    assert "capacity.py: error: interrupted; the same command goes on" in lines[-1]
+    assert sum("error" in line for line in lines) == 1
+    assert read_results(run_dir)["0"].keys() == {"0", "128"}
+    process = call("capacity", [run_dir])
+    assert process.returncode == 0 and process.stdout.count("\n") == 7
+    assert read_results(run_dir) == measure(copied("whole"))
 
 
-def test_the_run_is_left_as_it_was(run, monkeypatch):
-    run_dir = run("ppo_toy")
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    threads = torch.get_num_threads()
-    measure(monkeypatch, run_dir, "--controls")
-    torch.set_num_threads(threads)
-    assert all(path.read_bytes() == content for path, content in before.items())
+def test_the_exit_code_is_2_if_anything_was_not_done(copied):
+    good = copied()
+    process = call("capacity", ["nothing", good])
+    assert process.returncode == 2 and len(read_results(good)["0"]) == 5
+    assert process.stderr.rstrip().endswith("error: nothing: it is not the folder of a run")
+
+
+def test_the_commands_of_the_docstring_are_those_of_the_script():
+    text = (ROOT / "capacity.py").read_text()
+    assert (
+        "xargs -n 1 -P 4 python capacity.py" in capacity.__doc__ and "multiprocessing" not in text
+    )
