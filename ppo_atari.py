@@ -12,18 +12,19 @@ initialisation, actor and critic separate and clipped apart, and every number of
 import contextlib
 import copy
 import difflib
+import importlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
 import zipfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
@@ -211,7 +212,7 @@ class Agent(nn.Module):
         """(B,) log-probabilities of the actions (B,)."""
         return policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
-    def entropy(self, policy, actions=None):
+    def entropy(self, policy):
         """(B,) entropies."""
         return -(policy.exp() * policy).sum(-1)
 
@@ -219,9 +220,10 @@ class Agent(nn.Module):
         """(B,) KL(policy || other)."""
         return (policy.exp() * (policy - other)).sum(-1)
 
-    def variance(self, policy):
-        """Variance over the states (B,) of each action's probability, averaged."""
-        return policy.exp().var(0).mean()
+    def policy_stats(self, policy, actions):
+        """What is logged as policy/NAME of a batch: a dict of scalars.
+        `variance` is that over the states of each action's probability, averaged."""
+        return {"variance": policy.exp().var(0).mean(), "entropy": self.entropy(policy).mean()}
 
 
 def make_optimizer(agent, args):
@@ -245,9 +247,8 @@ def evaluate(agent, obs):
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
 
-    All arguments are (T, E). `next_values` are those of the true next observations: at an
-    episode's end of its last one, which counts unless the episode terminated. Nothing passes from
-    one episode to another (`dones`)."""
+    All arguments are (T, E). `next_values` are those of the true next observations, at an episode's
+    end of its last one, and count unless it terminated; nothing passes beyond `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -272,8 +273,7 @@ def shuffled_minibatches(batch, minibatch_size):
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
     """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
-    The equation has a "sum" over K; the published coefficients belong to the authors' "mean".
-    """
+    The equation has a "sum" over K; the published coefficients belong to the "mean" over it."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
 
@@ -283,17 +283,14 @@ def clipped_gradient(agent, loss, max_grad_norm):
     gradients = iter(torch.autograd.grad(loss, [p for group in agent.groups for p in group]))
     parts = [torch.cat([next(gradients).flatten() for _ in group]) for group in agent.groups]
     norms = [part.norm() for part in parts]
-    parts = [
-        part * (max_grad_norm / (norm + 1e-6)).clamp_max(1) for part, norm in zip(parts, norms)
-    ]
-    return torch.cat(parts), norms
+    scales = [(max_grad_norm / (norm + 1e-6)).clamp_max(1) for norm in norms]
+    return torch.cat([part * scale for part, scale in zip(parts, scales)]), norms
 
 
 def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_held):
-    """The gradient step's direction on a minibatch; all arguments from `obs` on start with (B,).
-    Returns the clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus
-    and PFO; a dict of scalars, each of which is logged as losses/NAME; and the policies (B, ...).
-    """
+    """The clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus and
+    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars,
+    each of which is logged as losses/NAME, and the policies (B, ...)."""
     new = agent(obs)
     logratio = agent.log_prob(new.policy, actions) - logprobs
     ratio = logratio.clamp(math.log(1e-7), math.log(1e9)).exp()
@@ -309,11 +306,8 @@ def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_h
         loss = loss + args.pfo_coef * pfo
     gradient, norms = clipped_gradient(agent, loss, args.max_grad_norm)
     losses |= {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-    # Schulman, "Approximating KL Divergence"
-    losses |= {
-        "old_approx_kl": -logratio.mean(),
-        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
-    }
+    kl = logratio.exp() - 1 - logratio  # Schulman, "Approximating KL Divergence"
+    losses |= {"old_approx_kl": -logratio.mean(), "approx_kl": kl.mean()}
     losses["clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
     return gradient, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
 
@@ -327,6 +321,7 @@ def feature_ranks(features):
     `feature_rank` (Lyle et al. 2022), `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero
     or empty matrix and NaN if an entry is not finite."""
     delta, eps = 0.01, torch.finfo(features.dtype).eps
+    rounding = max(10 * eps, 1e-9)  # of the sums, so that ties count exactly
     names = ("effective_rank", "pca_rank", "srank", "feature_rank", "torch_rank")
     if not features.isfinite().all():
         return dict.fromkeys(names, math.nan)
@@ -337,8 +332,8 @@ def feature_ranks(features):
     variance = sigma**2 / (sigma**2).sum()
     ranks = (
         torch.special.entr(p).sum().exp(),
-        (variance.cumsum(0) <= 1 - delta).sum() + 1,
-        (p.cumsum(0) <= 1 - delta).sum() + 1,
+        (variance.cumsum(0) <= 1 - delta + rounding).sum() + 1,
+        (p.cumsum(0) <= 1 - delta + rounding).sum() + 1,
         (sigma / math.sqrt(len(features)) > delta).sum(),
         (sigma > sigma[0] * max(features.shape) * eps).sum(),
     )
@@ -347,10 +342,9 @@ def feature_ranks(features):
 
 @torch.no_grad()
 def dead_neurons(features, activation):
-    """How many columns of `features` (N, D) do not vary (the paper's footnote 7).
-
-    For "relu" those that are 0 on all samples, for "tanh" those whose standard deviation is below
-    0.001. NaN is not dead. Raises ValueError for another `activation`."""
+    """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
+    on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
+    ValueError for another `activation`."""
     if activation == "relu":
         return int((features == 0).all(0).sum())
     if activation == "tanh":
@@ -362,19 +356,21 @@ def dead_neurons(features, activation):
 def ratio_stats(logratio, clip_coef):
     """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
 
-    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and
-    `ratio_mean_below` are means over the samples beyond the limits, `ratio_excess` their quotient;
-    NaN where there is no such sample. Ratios are clamped to [1e-12, 1e12], in float64, so that a
-    diverged policy still gives a number."""
-    ratio = logratio.double().exp().clamp(1e-12, 1e12)
+    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
+    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
+    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
+    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
+    ratio = logratio.double().exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
-    mean_above, mean_below = ratio[above].mean().item(), ratio[below].mean().item()
-    return {
-        "ratio_mean_above": mean_above,
-        "ratio_mean_below": mean_below,
-        "ratio_excess": mean_above / mean_below,
-        "ratio_max": ratio.max().item(),
-        "ratio_min": ratio.min().item(),
+    stats = {
+        "ratio_mean_above": ratio[above].mean(),
+        "ratio_mean_below": ratio[below].mean(),
+        "ratio_max": ratio.max(),
+        "ratio_min": ratio.min(),
+    }
+    stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
+    return stats | {
+        "ratio_excess": stats["ratio_mean_above"] / stats["ratio_mean_below"],
         "frac_above": above.double().mean().item(),
         "frac_below": below.double().mean().item(),
     }
@@ -462,7 +458,7 @@ def main():
         torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
         gradient = torch.compile(ppo_gradient, fullgraph=True)
     shape = (args.num_steps, args.num_envs)
-    obs = torch.zeros(*shape, 4, 84, 84, dtype=torch.uint8, device=device)
+    obs = torch.from_numpy(np.zeros((*shape, 4, 84, 84), np.uint8)).to(device)
     actions = torch.zeros(*shape, dtype=torch.int64, device=device)
     rewards = np.zeros(shape, np.float32)
     terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
@@ -476,8 +472,8 @@ def main():
     if args.capacity_interval and global_step == 0:
         run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
     log_time, log_iteration = time.perf_counter(), global_step // steps_per_iteration
-    total = num_iterations * steps_per_iteration
-    bar = tqdm(total=total, initial=global_step, unit=" steps", dynamic_ncols=True)
+    total_steps = num_iterations * steps_per_iteration
+    bar = tqdm(total=total_steps, initial=global_step, unit=" steps", dynamic_ncols=True)
     for iteration in range(log_iteration + 1, num_iterations + 1):
         logging, scalars = due(args.log_interval, iteration, num_iterations), {}
 
@@ -512,10 +508,7 @@ def main():
         if logging:
             scalars["representation/actor"] = representation(agent, args, "actor", old)
             scalars["representation/critic"] = representation(agent, args, "critic", old)
-            scalars["policy"] = {
-                "variance": agent.variance(old.policy),
-                "entropy": agent.entropy(old.policy, b_actions).mean(),
-            }
+            scalars["policy"] = agent.policy_stats(old.policy, b_actions)
 
         # PPO update
         if args.anneal_lr:
@@ -523,14 +516,13 @@ def main():
             optimizer.param_groups[0]["lr"] = lr
         batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs}
         batch |= {"advantages": b_advantages, "returns": b_returns, "old_held": old.held}
-        all_losses, policies, taken = [], [], []
+        all_losses, policies = [], []
         for _ in range(args.update_epochs):
             for minibatch in shuffled_minibatches(batch, args.minibatch_size):
                 vector.grad, losses, policy = gradient(agent, args, **minibatch)
                 optimizer.step()
                 all_losses.append(losses)
                 policies.append(policy)
-                taken.append(minibatch["actions"])
             if args.target_kl and losses["approx_kl"] > args.target_kl:
                 break
         if args.reset_adam:
@@ -560,8 +552,9 @@ def main():
             scalars["charts"]["SPS"] = (iteration - log_iteration) * batch_size / seconds
             log_time, log_iteration = time.perf_counter(), iteration
             scalars["losses"] = {k: torch.stack([x[k] for x in all_losses]).mean() for k in losses}
+            entropies = [agent.entropy(part) for part in torch.cat(policies).split(512)]
             scalars["losses"] |= {
-                "entropy": agent.entropy(torch.stack(policies), torch.stack(taken)).mean(),
+                "entropy": torch.cat(entropies).mean(),
                 "policy_objective_last_minibatch": -losses["policy_loss"],
                 "explained_variance": 1 - (b_returns - old.values).var() / b_returns.var(),
             }
@@ -577,7 +570,7 @@ def main():
             fail(f"{what} are not finite at step {global_step}: checkpoints/diverged.pt", code=1)
         keep = due(args.snapshot_interval, iteration, num_iterations)
         if keep or due(args.checkpoint_interval, iteration, num_iterations):
-            run.save(global_step, ["latest.pt", f"checkpoints/{global_step}.pt"][: 1 + keep])
+            run.save(global_step, [f"checkpoints/{global_step}.pt"] * keep + ["latest.pt"])
 
     bar.close()
     run.close()
@@ -600,37 +593,40 @@ def fail(message, code=2):
 def due(interval, iteration, num_iterations):
     """Whether this iteration is nearest to a multiple of `interval`, or the last; 0: never."""
     period = max(1.0, interval * num_iterations)
-    nearest = iteration == num_iterations or round(round(iteration / period) * period) == iteration
-    return interval > 0 and nearest
+    nearest = round(round(iteration / period) * period) == iteration
+    return interval > 0 and (nearest or iteration == num_iterations)
 
 
 def check(args):
     """Exit with one line where flags do not go together."""
     batch_size = args.num_envs * args.num_steps
     if not 2 <= args.minibatch_size <= batch_size:
-        batch = f"--num-envs x --num-steps = {batch_size}"
-        fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to the batch, {batch}")
+        fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to {batch_size}")
     least = args.fork_step + batch_size * args.frameskip
     if args.total_timesteps < least:
         fail(f"--total-timesteps is {args.total_timesteps}: it must be {least} or more")
     least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, a step of each
     if args.capacity_interval and args.capacity_steps < least:
         fail(f"--capacity-steps is {args.capacity_steps}: it must be {least} or more")
-    if args.track and find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile needs a C++ compiler: g++, or the one that CXX names")
 
 
 def read_state(path):
     """The state in a file. Raises BadZipFile if it is damaged; exits if it is no state of ours."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         raise zipfile.BadZipFile(f"{path} is damaged or no checkpoint: {error!r}") from None
-    parts = {"script", "args", "agent", "optimizer", "envs", "obs_stats", "global_step", "rng"}
-    if not isinstance(state, dict) or parts - {*state} or state["script"] != Path(__file__).stem:
+    kinds = {"script": str, "versions": str, "global_step": int, "rng": torch.Tensor}
+    kinds |= dict.fromkeys(("args", "agent", "optimizer", "envs", "obs_stats", "log_sizes"), dict)
+    fits = isinstance(state, dict) and all(isinstance(state.get(k), kinds[k]) for k in kinds)
+    if not fits or state["script"] != Path(__file__).stem:
         fail(f"{path} is no state of {Path(__file__).name}")
     return state
 
@@ -647,8 +643,8 @@ class Envs:
         games = [name for name in gym.registry if re.fullmatch(r"ALE/\w+-v5", name)]
         if args.env_id not in games:
             name = re.sub(r"^ALE/|(-ram)?(NoFrameskip|Deterministic)?-v\d+$", "", args.env_id)
-            close = difflib.get_close_matches(f"ALE/{name}-v5", [*games, "ALE/Phoenix-v5"], 1, 0)
-            fail(f"--env-id {args.env_id} is no game with images: is {close[0]} meant?")
+            nearest = difflib.get_close_matches(f"ALE/{name}-v5", games, 1, 0)[0]
+            fail(f"--env-id {args.env_id} is no game with images; the nearest name is {nearest}")
         self.game = gym.spec(args.env_id).kwargs["game"]
         self.settings = {  # what decides the frames
             "frameskip": args.frameskip,
@@ -657,13 +653,16 @@ class Envs:
             "noop_max": args.noop_max,
             "use_fire_reset": args.fire_reset,
         }
+        # Where a game ends, ALE shows the frame before once more. After a termination its value
+        # counts nowhere; a time limit's would, so the steps are counted here and ALE has no limit
+        self.limit = math.ceil(args.max_episode_frames / args.frameskip)
         self.envs = AtariVectorEnv(
             self.game,
             num_envs,
             num_threads=args.env_threads,
             life_loss_info=args.episodic_life,  # `episodic_life` would begin a new game
             reward_clipping=False,
-            max_num_frames_per_episode=args.max_episode_frames,
+            max_num_frames_per_episode=2**31 - 1,
             **self.settings,
         )
         self.envs.reset(seed=0)  # all must be reset together once before one can be alone
@@ -687,10 +686,11 @@ class Envs:
 
     def start(self, which):
         """Start the games of the mask `which` (E,) from their seeds: the observations of all."""
+        options = {"reset_mask": which}
         with self.blamed():
-            obs, info = self.envs.reset(seed=self.seeds[which], options={"reset_mask": which})
-        self.obs, self.lives = obs.copy(), info["lives"]
-        return self.obs
+            self.obs, info = self.envs.reset(seed=self.seeds[which], options=options)
+        self.lives = info["lives"]
+        return self.obs.copy()
 
     def start_next(self, which):
         """Start the next games where the mask `which` (E,) says so: the observations of all."""
@@ -707,25 +707,23 @@ class Envs:
         """One step with the `actions` (E,): the next observations (E, 4, 84, 84), rewards,
         terminations and truncations (E,), and the last observations of episodes that ended."""
         with self.blamed():
-            next_obs, rewards, terminations, truncations, info = self.envs.step(actions)
-        truncations = truncations & ~terminations
-        ended = terminations | truncations
-        lives, lives_before, self.lives = info["lives"], self.lives, info["lives"]
-        life_lost = (
-            terminations & (0 < lives) & (lives < lives_before)
-        )  # some games end with a life left
-        over = ended & ~life_lost if self.episodic_life else ended
+            self.obs, rewards, terminations, _, info = self.envs.step(actions)
         self.returns += rewards
-        for i, action in enumerate(actions.tolist()):
-            self.actions[i].append(action)
-            if over[i]:
-                self.finished.append((float(self.returns[i]), len(self.actions[i])))
-        self.obs, final_obs = next_obs.copy(), list(next_obs[ended])
+        for played, action in zip(self.actions, actions.tolist()):
+            played.append(action)
+        lengths = np.array([len(played) for played in self.actions])
+        life_lost = (0 < info["lives"]) & (info["lives"] < self.lives)  # else the game is over
+        self.lives = info["lives"]
+        out_of_time = lengths >= self.limit
+        over = terminations & ~(life_lost & self.episodic_life) | out_of_time
+        truncations = out_of_time & ~terminations
+        self.finished += zip(self.returns[over].tolist(), lengths[over].tolist())
+        next_obs, final_obs = self.obs.copy(), list(self.obs[terminations | truncations])
         if over.any():
-            self.start_next(over)
+            next_obs = self.start_next(over)
         if self.sign_reward:
             rewards = np.sign(rewards)
-        return self.obs, rewards, terminations, truncations, final_obs
+        return next_obs, rewards, terminations, truncations, final_obs
 
     def collect(self, agent, num_steps, seed):
         """States that the agent's sampled actions lead to from a reset, every frame kept once: the
@@ -752,7 +750,7 @@ class Envs:
             "seeds": self.seeds.tolist(),
             "actions": [torch.tensor(actions, dtype=torch.uint8) for actions in self.actions],
             "returns": self.returns.tolist(),
-            "obs": torch.from_numpy(self.obs),
+            "obs": torch.from_numpy(self.obs.copy()),
             "finished": list(self.finished),
         }
 
@@ -773,12 +771,12 @@ class Envs:
             if t < lengths.max():
                 actions = [x[t - wait] if t >= wait else 0 for x, wait in zip(self.actions, waits)]
                 with self.blamed():
-                    obs, *_, info = self.envs.step(np.array(actions))
-                self.obs, self.lives = obs.copy(), info["lives"]
+                    self.obs, *_, info = self.envs.step(np.array(actions))
+                self.lives = info["lives"]
         if not np.array_equal(self.obs, state["obs"].numpy()):
             say("the emulator is another one (replayed games end elsewhere): the run differs")
         self.finished = [tuple(episode) for episode in state["finished"]]
-        return self.obs
+        return self.obs.copy()
 
 
 GO_ON = "with --resume and its --run-name a run goes on from its last state"
@@ -800,10 +798,6 @@ class Run:
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
-        if args.run_name == ".." or not re.fullmatch(r"[^/\\\0]{0,200}", args.run_name):
-            fail(
-                f"--run-name must be the name of a folder, not a path or too long: {args.run_name}"
-            )
         if args.resume and not args.run_name:
             fail("--resume needs the --run-name of the run to go on with")
         self.saved = self.newest_state() if args.resume else None
@@ -842,8 +836,8 @@ class Run:
         except (TypeError, ValueError) as error:  # a flag that is gone
             fail(f"the state of {args.fork_from or self.dir} does not fit: {error}")
         args = tyro.cli(Args, default=before)
-        now, then = asdict(args), asdict(before)
-        changed = {k: f"{k} {then[k]} is now {now[k]}" for k in now if now[k] != then[k]}
+        then = asdict(before)
+        changed = {k: f"{k} {then[k]} is now {x}" for k, x in asdict(args).items() if x != then[k]}
         changes = "; ".join(changed.values()) or "as it was"
         fixed = {"env_id", "width", "share_trunk", "policy_std"}  # what the weights fit
         if self.resumed:  # what may change touches nothing that was computed
@@ -865,20 +859,24 @@ class Run:
             next_obs, step = self.restore(**self.saved) if self.saved else (envs.reset(), 0)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             fail(f"the state of {self.args.fork_from or self.dir} does not fit: {str(error)[:300]}")
+        if self.args.track:
+            run_id = re.sub(r"[^a-zA-Z0-9_-]", "-", self.args.run_name)
+            settings = {"config": asdict(self.args), "sync_tensorboard": True, "resume": "allow"}
+            try:
+                wandb = importlib.import_module("wandb")
+                wandb.init(name=self.args.run_name, id=run_id, **settings)
+            except Exception as error:  # not installed, or no login
+                fail(f"--track needs Weights & Biases (pip install wandb; wandb login): {error}")
         try:
             self.dir.mkdir(parents=True, exist_ok=self.args.resume)
-        except OSError as error:  # if it exists, another process has just started this run
+        except FileExistsError:
+            fail(f"{self.dir} is being started by another process")
+        except OSError as error:
             fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
         self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
         self.lock.acquire()
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
-        if self.args.track:
-            import wandb
-
-            run_id = re.sub(r"[^\w-]", "-", self.args.run_name)
-            settings = {"config": asdict(self.args), "sync_tensorboard": True, "resume": "allow"}
-            wandb.init(name=self.args.run_name, id=run_id, **settings)
         sizes = self.saved["log_sizes"] if self.resumed else {}
         for path in {self.dir / name for name in sizes} | set(self.dir.glob("events.*")):
             if not path.exists() or path.stat().st_size < sizes.get(path.name, 0):
@@ -887,7 +885,7 @@ class Run:
         self.writer = SummaryWriter(self.dir)
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(self.args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, step)
-        self.save(step, ["latest.pt"] if self.resumed else ["latest.pt", f"checkpoints/{step}.pt"])
+        self.save(step, [f"checkpoints/{step}.pt"] * (not self.resumed) + ["latest.pt"])
         tqdm.write(f"{self.dir} from step {step} on")
         tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
         return next_obs, step
@@ -960,6 +958,7 @@ def never_fail(stream):
 if __name__ == "__main__":
     never_fail(sys.stdout)
     never_fail(sys.stderr)
+    tqdm.get_lock()  # takes a moment, in which Ctrl-C would break tqdm
     try:
         main()
     except KeyboardInterrupt:

@@ -1,16 +1,16 @@
-"""The environments and the network of ppo_atari.py."""
+"""The environments and the networks of ppo_atari.py."""
 
 import re
 from pathlib import Path
 
 import ale_py
 import cv2
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from ale_py import roms
-from conftest import same_scalars, same_weights
+from conftest import checkpoints, same_weights
 
 import ppo_atari as script
 
@@ -18,11 +18,11 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 def make_envs(num_envs=2, stream=0, **flags):
-    return script.Envs(script.Args(**flags), num_envs, stream)
+    return script.Envs(script.Args(env_threads=1, **flags), num_envs, stream)
 
 
 def play(game, seed, actions, frameskip, sticky, maxpool):
-    """The documented pipeline on a single emulator: gray frames (84, 84), area resized, and the rewards of each action."""
+    """The documented pipeline on a single emulator: gray frames (84, 84) and rewards by action."""
     emulator = ale_py.ALEInterface()
     emulator.setFloat("repeat_action_probability", sticky)
     emulator.setInt("random_seed", seed)
@@ -69,8 +69,9 @@ def test_preprocessing_is_the_documented_pipeline(env_id, game, sticky, frameski
 
 def test_the_settings_are_the_papers():
     args = script.Args()
-    assert (args.frameskip, args.sticky, args.maxpool, args.noop_max, args.fire_reset) == (3, 0.25, False, 0, False)
-    assert (args.episodic_life, args.max_episode_frames, args.sign_reward) == (False, 108_000, True)
+    assert (args.frameskip, args.sticky, args.maxpool, args.noop_max) == (3, 0.25, False, 0)
+    assert (args.fire_reset, args.episodic_life, args.sign_reward) == (False, False, True)
+    assert args.max_episode_frames == 108_000
     envs = make_envs(1)
     assert envs.action_dim == 8  # Phoenix's minimal actions
     envs.reset()
@@ -90,37 +91,66 @@ def test_sticky_actions_make_the_game_depend_on_its_seed():
 
 
 def test_every_episode_is_right_and_can_be_replayed_from_its_seed_and_actions():
-    """Games of a vector of 3 against single emulators: length, raw return, final observation, first observation."""
+    """Games of a vector of 3 against single emulators: length, return, last and first frames."""
     envs = make_envs(3)
     next_obs, rng, checked = envs.reset(), np.random.default_rng(0), 0
-    while checked < 7:
-        seeds, played, returns = list(envs.seeds), [list(actions) for actions in envs.actions], list(envs.returns)
+    while checked < 4:
+        seeds, played = envs.seeds.copy(), [list(actions) for actions in envs.actions]
         actions = rng.integers(0, envs.action_dim, 3)
-        last_obs, count = next_obs, len(envs.finished)
+        last_obs, returns, count = next_obs, envs.returns.copy(), len(envs.finished)
         next_obs, _, terminations, truncations, final_obs = envs.step(actions)
         for k, i in enumerate(np.flatnonzero(terminations | truncations)):
             frames, rewards = play("phoenix", seeds[i], [*played[i], actions[i]], 3, 0.25, False)
             assert envs.finished[count + k] == (sum(rewards), len(played[i]) + 1)
             assert returns[i] == sum(rewards[:-1])
             np.testing.assert_array_equal(last_obs[i], frames[-5:-1])
-            np.testing.assert_array_equal(final_obs[k][:3], frames[-4:-1])  # the true last observation
+            np.testing.assert_array_equal(final_obs[k][:3], frames[-4:-1])
             assert not next_obs[i][:3].any() and next_obs[i][3].any()  # the next game's first
             assert envs.actions[i] == [] and envs.returns[i] == 0 and envs.seeds[i] != seeds[i]
             checked += 1
 
 
-def test_a_game_is_cut_after_its_frames():
-    envs = make_envs(1, max_episode_frames=30)
+@pytest.mark.parametrize("limit, steps, episodic_life", [(60, 20, False), (61, 21, True)])
+def test_the_last_observation_before_a_time_limit_is_true(limit, steps, episodic_life):
+    """Two games, one of them begun 7 steps later, against single emulators."""
+    envs = make_envs(2, max_episode_frames=limit, episodic_life=episodic_life)
     envs.reset()
-    for step in range(1, 11):
-        _, _, terminations, truncations, final_obs = envs.step(np.array([0]))
-        assert (bool(truncations[0]), len(final_obs)) == ((True, 1) if step == 10 else (False, 0))
-        assert not terminations[0]
-    assert envs.finished[0][1] == 10
+    actions = np.random.default_rng(2).integers(0, 8, (2 * steps + 14, 2))
+    for action in actions[:7]:
+        envs.step(action)
+    envs.start_next(np.array([False, True]))
+    ends, finished = [0, 0], len(envs.finished)
+    for action in actions[7:]:
+        played = [[*past, now] for past, now in zip(envs.actions, action)]
+        seeds = envs.seeds.copy()
+        next_obs, _, terminations, truncations, final_obs = envs.step(action)
+        assert not terminations.any()
+        over = [len(past) == steps for past in played]
+        assert truncations.tolist() == over and len(final_obs) == sum(over)
+        for i, obs in zip(np.flatnonzero(over), final_obs):
+            frames, _ = play("phoenix", seeds[i], played[i], 3, 0.25, False)
+            frames = [np.zeros((84, 84), np.uint8)] * 3 + frames
+            np.testing.assert_array_equal(obs, frames[-4:])
+            np.testing.assert_array_equal(next_obs[i, :3], 0)
+            assert steps == 1 or not np.array_equal(obs[-1], obs[-2])  # the games move
+            assert len(envs.actions[i]) == 0 and envs.seeds[i] != seeds[i]
+            ends[i] += 1
+    assert min(ends) >= 2 and len(envs.finished) - finished == sum(ends)
+    assert {length for _, length in envs.finished} == {steps}
+
+
+@pytest.mark.parametrize("flags", [{"noop_max": 10}, {"fire_reset": True}])
+def test_what_begins_a_game_does_not_count_to_its_limit(flags):
+    envs = make_envs(1, env_id="ALE/Breakout-v5", max_episode_frames=30, **flags)
+    envs.reset()
+    for _ in range(20):
+        envs.step(np.array([0]))
+    assert [length for _, length in envs.finished] == [10, 10]
 
 
 def test_the_loss_of_a_life_ends_the_return_but_not_the_game():
-    envs, plain = make_envs(1, env_id="ALE/Breakout-v5", episodic_life=True), make_envs(1, env_id="ALE/Breakout-v5")
+    flags = {"env_id": "ALE/Breakout-v5"}
+    envs, plain = make_envs(1, episodic_life=True, **flags), make_envs(1, **flags)
     envs.reset()
     plain.reset()
     rng, ends, plain_ends = np.random.default_rng(0), 0, 0
@@ -136,7 +166,8 @@ def test_the_loss_of_a_life_ends_the_return_but_not_the_game():
 
 
 def test_a_game_that_ends_with_a_life_left_is_over():
-    envs, plain = (make_envs(1, env_id="ALE/Adventure-v5", episodic_life=life, frameskip=12) for life in (True, False))
+    flags = {"env_id": "ALE/Adventure-v5", "frameskip": 12}
+    envs, plain = make_envs(1, episodic_life=True, **flags), make_envs(1, **flags)
     envs.reset()
     plain.reset()
     rng = np.random.default_rng(0)
@@ -147,37 +178,141 @@ def test_a_game_that_ends_with_a_life_left_is_over():
     assert envs.finished == plain.finished and envs.actions == [[]]
 
 
-def test_a_restored_vector_goes_on_bit_for_bit():
-    envs, other = make_envs(3), make_envs(3, seed=9)
-    envs.reset()
-    actions = np.random.default_rng(1).integers(0, 8, (1300, 3))
-    for step in range(1200):
-        envs.step(actions[step])
-    assert len(envs.finished) > 0 and len({len(played) for played in envs.actions}) > 1  # at different places
-    state = envs.state_dict()
-    np.testing.assert_array_equal(other.load_state_dict(state), envs.last_obs)
-    for step in range(1200, 1300):
+def test_lives_tell_a_lost_life_from_the_end_of_a_game(monkeypatch):
+    envs = make_envs(1, episodic_life=True)
+    obs, yes, no = envs.reset(), np.array([True]), np.array([False])
+    assert envs.lives == [5]
+    for lives, games in ((4, 0), (4, 1)):  # the second time nothing was lost but the game
+        outcome = obs, np.zeros(1, np.int32), yes, no, {"lives": np.array([lives])}
+        monkeypatch.setattr(envs.envs, "step", lambda actions, outcome=outcome: outcome)
+        envs.step(np.array([0]))
+        assert len(envs.finished) == games
+
+
+def restored(envs, state, reseeded=False):
+    return envs.load_state_dict(state, reseeded)
+
+
+@pytest.mark.parametrize("flags", [{}, {"max_episode_frames": 600, "episodic_life": True}])
+def test_a_restored_vector_goes_on_bit_for_bit(flags):
+    envs, other = make_envs(3, **flags), make_envs(3, seed=9, **flags)
+    next_obs = envs.reset()
+    actions = np.random.default_rng(1).integers(0, 8, (1000, 3))
+    for step in range(900):
+        next_obs, *_ = envs.step(actions[step])
+    assert envs.finished and envs.actions[0] != envs.actions[1]
+    next_obs_copy, state = next_obs.copy(), envs.state_dict()
+    next_obs[:] = 0  # what was handed out is the caller's
+    np.testing.assert_array_equal(restored(other, state), next_obs_copy)
+    np.testing.assert_array_equal(state["obs"], next_obs_copy)
+    for step in range(900, 1000):
         for ours, theirs in zip(envs.step(actions[step]), other.step(actions[step])):
             np.testing.assert_array_equal(ours, theirs)
-    assert (envs.finished, envs.returns, envs.seeds, envs.actions) == (
-        other.finished,
-        other.returns,
-        other.seeds,
-        other.actions,
-    )
+    for name in ("finished", "actions"):
+        assert getattr(envs, name) == getattr(other, name)
+    for name in ("returns", "seeds", "lives"):
+        np.testing.assert_array_equal(getattr(envs, name), getattr(other, name))
+    assert envs.mask_rng.random() == other.mask_rng.random()
 
 
-def test_videos_are_written_beside_the_kept_checkpoints_and_a_failing_one_costs_nothing(run, monkeypatch, capsys):
-    flags = "--capture-video --max-episode-frames 60 --capacity-interval 0"
-    run_dir = run("ppo_atari", flags, name="filmed")
-    names = {path.stem for path in (run_dir / "checkpoints").iterdir()}
-    assert {path.stem for path in (run_dir / "videos").iterdir()} == names - {"0"}
-    frames = imageio.mimread(run_dir / "videos" / "768.mp4")
-    assert len(frames) == 20 and frames[0].shape == (210, 160, 3) and np.std(frames[-1]) > 1
-    monkeypatch.setattr(script.imageio, "get_writer", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
-    unfilmed = run("ppo_atari", flags, name="unfilmed")
-    assert "no video (OSError(28" in capsys.readouterr().err
-    assert same_weights(run_dir, unfilmed) and same_scalars(run_dir, unfilmed)
+OTHER_GAMES = [{"sticky": 0.1}, {"frameskip": 4}, {"maxpool": True}, {"noop_max": 5}]
+SAME_GAMES = [{"max_episode_frames": 90}, {"episodic_life": True}, {"sign_reward": False}]
+
+
+@pytest.mark.parametrize("flags", [*OTHER_GAMES, {"fire_reset": True}, *SAME_GAMES])
+def test_a_fork_with_a_setting_that_decides_frames_starts_new_games(flags):
+    envs, fork = make_envs(2), make_envs(2, **flags)
+    envs.reset()
+    for _ in range(40):
+        envs.step(np.array([1, 2]))
+    state = envs.state_dict()
+    obs = restored(fork, state)
+    if flags in SAME_GAMES:
+        np.testing.assert_array_equal(obs, state["obs"])
+        assert fork.actions == envs.actions
+        fork.step(np.array([0, 0]))
+        assert len(fork.finished) == 2 * ("max_episode_frames" in flags)
+    else:
+        np.testing.assert_array_equal(obs[:, :3], 0)
+        assert fork.actions == [[], []] and not set(fork.seeds) & set(envs.seeds)
+
+
+def test_a_fork_with_more_or_fewer_games_starts_new_ones_and_reseeds():
+    envs = make_envs(2)
+    envs.reset()
+    envs.step(np.array([1, 2]))
+    state = envs.state_dict()
+    for num_envs in (1, 3):
+        fork = make_envs(num_envs)
+        obs = restored(fork, state)
+        assert obs.shape == (num_envs, 4, 84, 84) and not obs[:, :3].any()
+        assert fork.actions == [[] for _ in range(num_envs)]
+        assert not set(fork.seeds) & set(envs.seeds)  # the generator went on
+    fork = make_envs(2, seed=9)
+    draws = np.random.default_rng([9, 0]).integers(2**31, size=2)
+    restored(fork, state, reseeded=True)
+    np.testing.assert_array_equal(fork.seeds, envs.seeds)  # the games that go on
+    fork.reset()
+    np.testing.assert_array_equal(fork.seeds, draws)
+
+
+def test_a_state_of_another_emulator_is_told(capsys):
+    envs = make_envs(1)
+    envs.reset()
+    envs.step(np.array([0]))
+    state = envs.state_dict()
+    restored(make_envs(1), state)
+    assert not capsys.readouterr().err
+    state["obs"][0, 3, 40, 40] += 1
+    restored(make_envs(1), state)
+    assert "the emulator is another one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_a_crash_of_the_emulator_names_the_games_and_ends_the_run(where, monkeypatch, capsys):
+    envs = make_envs(2)
+    envs.reset()
+    envs.step(np.array([0, 0]))
+
+    def crash(*args, **kwargs):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(envs.envs, where, crash)
+    with pytest.raises(SystemExit) as stop:
+        envs.step(np.array([0, 0])) if where == "step" else envs.reset()
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "Traceback" in error
+    last = error.splitlines()[-1]
+    assert f"seed {envs.seeds[1]}" in last and "RuntimeError('no more')" in last
+    assert "--resume" in last
+
+
+BAD = {
+    "--env-id ALE/Phoenx-v5": "ALE/Phoenix-v5",
+    "--noop-max 1001": "from 0 to 1000",
+    "--frameskip 2147483648": "from 1 to 4096",
+    "--sticky nan": "from 0 to 1",
+    "--total-timesteps 95": "96 or more",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_settings_are_refused_before_anything_is_made(run, flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("ppo_atari", flags)
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert BAD[flags] in " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+def test_a_fork_with_other_games_trains_and_keeps_their_settings(run, capsys):
+    parent = run("ppo_atari", "--capacity-interval 0", name="parent")
+    middle = checkpoints(parent)[384]
+    fork = run("ppo_atari", f"--fork-from {middle} --num-envs 3 --sticky 0.5", name="fork")
+    said = capsys.readouterr().err
+    assert "num_envs 2 is now 3" in said and "sticky 0.25 is now 0.5" in said
+    state = torch.load(fork / "latest.pt", weights_only=True)
+    assert state["envs"]["settings"]["repeat_action_probability"] == 0.5
+    assert len(state["envs"]["seeds"]) == 3 and not same_weights(parent, fork)
 
 
 def make_agent(**flags):
@@ -185,43 +320,73 @@ def make_agent(**flags):
     return script.Agent(make_envs(1), script.Args(**flags))
 
 
+def random_obs(num_obs):
+    return torch.randint(0, 256, (num_obs, 4, 84, 84), dtype=torch.uint8)
+
+
 def test_the_network_is_the_papers():
-    agent = make_agent()
-    obs = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
-    policy, values, outputs, critic_outputs = agent(obs)
-    assert policy.shape == (3, 8) and values.shape == (3,)
-    assert [tuple(x.shape[1:]) for x in outputs] == [(32, 20, 20), (64, 9, 9), (64, 7, 7), (512,)]
-    torch.testing.assert_close(policy.exp().sum(1), torch.ones(3))
-    plain = obs.float() / 255
+    agent, every = make_agent(), make_agent(pfo_layers="all")
+    obs = random_obs(3)
+    out = agent(obs)
+    assert out.policy.shape == (3, 8) and out.values.shape == (3,)
+    torch.testing.assert_close(out.policy.exp().sum(1), torch.ones(3))
+    x, before = obs / 255, []
     for layer in agent.actor_trunk:
-        plain = layer(plain)
-    torch.testing.assert_close(outputs[-1], plain, rtol=1e-4, atol=1e-5)
-    assert outputs[-1].min() < 0  # before the activation
-    assert script.pfo_inputs(outputs, "all").shape == (3, 21_632)
-    assert script.pfo_inputs(outputs, "last").shape == (3, 512)
+        if isinstance(layer, nn.ReLU):
+            before.append(x)
+        x = layer(x)
+    assert [tuple(x.shape[1:]) for x in before] == [(32, 20, 20), (64, 9, 9), (64, 7, 7)]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(out.actor_preactivations, x, **close)
+    assert x.shape == (3, 512) and x.min() < 0  # before the activation
+    torch.testing.assert_close(out.held, x, **close)
+    held = torch.cat([x.flatten(1) for x in (*before, x)], 1)
+    assert held.shape == (3, 21_632)
+    torch.testing.assert_close(every(obs).held, held, **close)
+    policy = agent.actor_head(x.relu()).log_softmax(-1)
+    torch.testing.assert_close(out.policy, policy, **close)
+    critic = agent.critic_trunk(obs / 255)
+    torch.testing.assert_close(out.critic_preactivations, critic, **close)
+    torch.testing.assert_close(out.values, agent.critic_head(critic.relu())[:, 0], **close)
+
+
+@pytest.mark.parametrize("flags", [{}, {"share_trunk": True}, {"activation": "tanh"}])
+def test_a_norm_before_any_activation_is_part_of_the_preactivations(flags):
+    agent, obs = make_agent(width=16, pfo_layers="all", **flags), random_obs(3)
+    for trunk in dict.fromkeys((agent.actor_trunk, agent.critic_trunk)):
+        trunk.insert(1, nn.LayerNorm([32, 20, 20]))
+        trunk.append(nn.LayerNorm(16))
+    out = agent(obs)
+    for x in (out.actor_preactivations, out.critic_preactivations, out.held[:, : 32 * 20 * 20]):
+        torch.testing.assert_close(x.mean(1), torch.zeros(3), atol=1e-4, rtol=0)
+        torch.testing.assert_close(x.var(1, correction=0), torch.ones(3), atol=0.01, rtol=0)
+    assert out.held.shape[1] == 32 * 20 * 20 + 64 * 9 * 9 + 64 * 7 * 7 + 16
+    noise = agent.noise(1, 3)[0]
+    assert torch.equal(agent.sample(obs, noise), (out.policy + noise).argmax(-1))
 
 
 def test_categorical_quantities_are_those_of_torch_distributions():
-    agent = make_agent()
-    obs = torch.randint(0, 256, (6, 4, 84, 84), dtype=torch.uint8)
-    policy, other = agent(obs)[0] * 5, agent(obs.flip(0))[0]
-    policy, actions = policy.log_softmax(-1), torch.arange(6)
-    distribution, other_distribution = (torch.distributions.Categorical(logits=x) for x in (policy, other))
-    torch.testing.assert_close(agent.log_prob(policy, actions), distribution.log_prob(actions))
-    torch.testing.assert_close(agent.entropy(policy), distribution.entropy())
-    torch.testing.assert_close(agent.kl(policy, other), torch.distributions.kl_divergence(distribution, other_distribution))
-    torch.testing.assert_close(agent.variance(policy), distribution.probs.var(0).mean())
+    agent, obs, actions = make_agent(), random_obs(6), torch.arange(6)
+    policy, other = (agent(obs)[0] * 5).log_softmax(-1), agent(obs.flip(0))[0]
+    ours, theirs = (torch.distributions.Categorical(logits=x) for x in (policy, other))
+    torch.testing.assert_close(agent.log_prob(policy, actions), ours.log_prob(actions))
+    torch.testing.assert_close(agent.entropy(policy), ours.entropy())
+    kl = torch.distributions.kl_divergence(ours, theirs)
+    torch.testing.assert_close(agent.kl(policy, other), kl)
+    stats = agent.policy_stats(policy, actions)
+    assert stats.keys() == {"variance", "entropy"}
+    torch.testing.assert_close(stats["variance"], ours.probs.var(0).mean())
+    torch.testing.assert_close(stats["entropy"], ours.entropy().mean())
 
 
 def test_gumbel_noise_samples_the_policy():
-    agent = make_agent()
+    agent, obs = make_agent(), random_obs(1)
     with torch.no_grad():
         agent.actor_head.bias += torch.tensor([2.0, 1, 0, 0, 0, 0, 0, -1])
-    obs = torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
     noise = agent.noise(20_000, 1, generator=torch.Generator().manual_seed(0))[:, 0]
     with torch.no_grad():
-        policy = agent(obs)[0]
-        counts = torch.bincount((policy + noise).argmax(-1), minlength=8) / 20_000
+        policy = agent(obs).policy
+    counts = torch.bincount((policy + noise).argmax(-1), minlength=8) / 20_000
     torch.testing.assert_close(counts, policy[0].exp(), atol=0.012, rtol=0)
     assert agent.sample(obs, noise[:1]).item() == (policy + noise[:1]).argmax().item()
 
@@ -229,22 +394,23 @@ def test_gumbel_noise_samples_the_policy():
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_capacity_states_are_the_observations_with_every_frame_stored_once(num_envs):
     agent = make_agent()
-    frames, index = make_envs(num_envs, max_episode_frames=90).collect(agent, 100, seed=3)
-    assert frames.shape == (101, 84, 84) and index.shape == (100, 4) and not frames[0].any()
-    envs, states = make_envs(num_envs, max_episode_frames=90), []
-    next_obs = envs.reset()
-    for noise in agent.noise(-(-100 // num_envs), num_envs, generator=torch.Generator().manual_seed(3)):
+    frames, index = make_envs(num_envs, max_episode_frames=60).collect(agent, 70, seed=3)
+    assert frames.shape == (71, 84, 84) and index.shape == (70, 4) and not frames[0].any()
+    envs, states = make_envs(num_envs, max_episode_frames=60), []
+    next_obs, generator = envs.reset(), torch.Generator().manual_seed(3)
+    for noise in agent.noise(-(-70 // num_envs), num_envs, generator):
         states += list(next_obs)
         next_obs, *_ = envs.step(agent.sample(torch.from_numpy(next_obs), noise).numpy())
-    np.testing.assert_array_equal(frames[index].numpy(), np.array(states)[:100])
+    np.testing.assert_array_equal(frames[index].numpy(), np.array(states)[:70])
     assert envs.finished  # games ended within
 
 
 def test_the_memory_of_36000_capacity_states():
     """254 MB of frames; target, fit and evaluation need less than 1 GB beyond them."""
 
-    def memory(name):  # bytes: VmRSS is what the process holds now, VmHWM the most since the mark was set back
-        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    def memory(name):  # bytes: VmRSS is what the process holds now, VmHWM the most since the mark
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
 
     frames = torch.randint(0, 256, (36_001, 84, 84), dtype=torch.uint8)
     assert frames.numel() == 254_023_056
@@ -252,7 +418,7 @@ def test_the_memory_of_36000_capacity_states():
     agent, args = make_agent(), script.Args(capacity_epochs=1)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    # one chunk of the full set's evaluation after another needs no more than the first two, and so do the minibatches
+    # one chunk of the evaluation after another needs no more than the first two; so minibatches
     data = script.capacity_target(agent, frames, torch.cat([index[:512], index[-2048:]]))
     script.capacity_loss(agent, args, *data)
     assert memory("VmHWM") - before < 1e9
