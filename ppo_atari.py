@@ -345,11 +345,10 @@ def dead_neurons(features, activation):
     """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
     on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
     ValueError for another `activation`."""
-    if activation == "relu":
-        return int((features == 0).all(0).sum())
-    if activation == "tanh":
-        return int((features.std(0) < 0.001).sum())
-    raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
+    if activation not in ("relu", "tanh"):
+        raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
+    dead = (features == 0).all(0) if activation == "relu" else features.std(0) < 0.001
+    return int(dead.sum())
 
 
 @torch.no_grad()

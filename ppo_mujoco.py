@@ -45,6 +45,8 @@ Positive = Annotated[float, (1e-12, 1e6)]
 Few = Annotated[int, (1, 4096)]
 Count = Annotated[int, (1, 1_000_000)]
 Steps = Annotated[int, (1, 10**12)]
+Seed = Annotated[int, (0, 2**32 - 1)]
+Threads = Annotated[int, (0, 256)]
 
 
 @dataclass
@@ -54,11 +56,9 @@ class Args:
 
     # Experiment
     env_id: str = "Hopper-v4"  # Gymnasium task with a flat Box observation and a bounded Box action
-    seed: Annotated[int, (0, 2**32 - 1)] = (
-        1  # of every random generator (the paper: 25, 7, 64, 27, 4)
-    )
+    seed: Seed = 1  # of every random generator (the paper: 25, 7, 64, 27, 4)
     total_timesteps: Steps = 5_000_000  # environment steps of the whole run
-    torch_threads: Annotated[int, (0, 256)] = 1  # CPU threads; one is fastest; 0: torch's choice
+    torch_threads: Threads = 1  # CPU threads; one is fastest; 0: torch's choice
     cuda: bool = True  # use a CUDA device where there is one
     compile: bool = False  # compile the gradient step: up to twice as fast after about a minute
     runs_dir: str = "runs"  # folder that holds the runs
@@ -88,8 +88,8 @@ class Args:
     width: Few = 64  # units of the hidden layers
     policy: Literal["tanh_normal", "gaussian"] = "tanh_normal"  # a Normal, squashed or clipped
     policy_std: Literal["state", "free"] = "state"  # a function of the state, or parameters
-    # a saturated TanhNormal action is scored where its clamp to 1 - 1e-6 puts it (the authors'
-    # code; reverses its gradient once loc is beyond 7.25), or where it was sampled
+    # score a saturated action where the authors' clamp to 1 - 1e-6 puts it, which reverses its
+    # gradient once loc is beyond 7.25, or as it was sampled
     action_logprob: Literal["clamped", "sampled"] = "clamped"
 
     # Interventions
@@ -100,9 +100,7 @@ class Args:
     reset_adam: bool = False  # forget Adam's moments after every batch
     adam_beta1: Decay = 0.9  # decay of Adam's first moment
     adam_beta2: Decay = 0.999  # decay of Adam's second moment (the paper's intervention: 0.9)
-    reward_keep_prob: Fraction = (
-        1.0  # of a reward that is not set to 0 (Figure 35: 0.1); 1 disables
-    )
+    reward_keep_prob: Fraction = 1.0  # probability of keeping a reward (Figure 35: 0.1); 1 disables
 
     # Diagnostics
     log_interval: Fraction = 0.001  # between two points of the curves
@@ -121,12 +119,10 @@ class Args:
             if isinstance(bounds, tuple) and not bounds[0] <= value <= bounds[1]:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
-        if re.search(r"[/\\]|^\.\.?$", self.run_name):
-            raise ValueError(
-                f"--run-name must be the name of a folder, not a path: {self.run_name}"
-            )
-        if any(len(os.fsencode(x)) > 200 for x in Path(self.runs_dir, self.run_name).parts):
-            raise ValueError("--runs-dir or --run-name has a part of more than 200 bytes")
+        parts = Path(self.runs_dir, self.run_name).parts
+        too_long = any(len(os.fsencode(part)) > 200 for part in parts)
+        if too_long or re.search(r"[/\\]|^\.\.?$", self.run_name):
+            raise ValueError("--run-name must be the name of a folder, no part over 200 bytes")
 
 
 MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code
@@ -150,15 +146,12 @@ def log_tanh_slope(u):
 
 def numpy_layer(layer):
     """A layer as a function of NumPy arrays (B, D); one not known here goes through torch."""
-    if isinstance(layer, nn.Tanh):
-        return np.tanh
-    if isinstance(layer, nn.ReLU):
-        return lambda x: np.maximum(x, 0)
     if type(layer) is nn.Linear and layer.bias is not None:
         weight, bias = (p.detach().cpu().numpy() for p in (layer.weight, layer.bias))
         return lambda x: x @ weight.T + bias
+    known = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
     layer = copy.deepcopy(layer).cpu()
-    return lambda x: layer(torch.from_numpy(x)).detach().numpy()
+    return known.get(type(layer), lambda x: layer(torch.from_numpy(x)).detach().numpy())
 
 
 class Agent(nn.Module):
@@ -270,9 +263,8 @@ class Agent(nn.Module):
         return ((ratio**2 + ((loc - other_loc) / other_scale) ** 2 - 1) / 2 - ratio.log()).sum(-1)
 
     def policy_stats(self, policy, actions):
-        """What is logged as policy/NAME of a batch: a dict of scalars.
-        `variance` is that over the states of each loc and scale, averaged; `saturated_actions` the
-        share of action components beyond TanhNormal's clamp or the Gaussian's bounds."""
+        """What is logged as policy/NAME: the variance over the states of loc and scale, entropy,
+        and the share of action components at TanhNormal's clamp or beyond the Gaussian's bounds."""
         u = actions.cpu().numpy()
         return {
             "variance": torch.cat(self.normal(policy), -1).var(0).mean(),
@@ -400,11 +392,10 @@ def dead_neurons(features, activation):
     """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
     on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
     ValueError for another `activation`."""
-    if activation == "relu":
-        return int((features == 0).all(0).sum())
-    if activation == "tanh":
-        return int((features.std(0) < 0.001).sum())
-    raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
+    if activation not in ("relu", "tanh"):
+        raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
+    dead = (features == 0).all(0) if activation == "relu" else features.std(0) < 0.001
+    return int(dead.sum())
 
 
 @torch.no_grad()
@@ -688,6 +679,8 @@ class Envs:
     Seed and actions give an episode back exactly, so a state holds no more of it. Observations
     (E, D) are standardised and end with the time feature."""
 
+    simulator = "mujoco"
+
     def __init__(self, args, num_envs, stream, obs_stats=None):
         gym.logger.min_level = gym.logger.ERROR  # no advice to move on from v4
         try:
@@ -890,7 +883,7 @@ class Run:
         """Bring all parts to the saved state or reset them, open the folder: next_obs and step."""
         self.agent, self.optimizer, self.envs = agent, optimizer, envs
         device = torch.cuda.get_device_name() if next(agent.parameters()).is_cuda else "CPU"
-        versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", "mujoco")]
+        versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", Envs.simulator)]
         self.versions = ", ".join([device, f"{torch.get_num_threads()} threads", *versions])
         try:
             next_obs, step = self.restore(**self.saved) if self.saved else (envs.reset(), 0)

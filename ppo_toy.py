@@ -284,7 +284,7 @@ class Args:
     reset_adam: bool = False  # forget Adam's moments after every batch
     adam_beta1: Decay = 0.9  # decay of Adam's first moment
     adam_beta2: Decay = 0.999  # decay of Adam's second moment (the paper's intervention: 0.9)
-    reward_keep_prob: Fraction = 1.0  # of a reward that is not set to 0 (Figure 35: 0.1)
+    reward_keep_prob: Fraction = 1.0  # probability of keeping a reward (Figure 35: 0.1); 1 disables
 
     # Diagnostics
     log_interval: Fraction = 0.001  # between two points of the curves
@@ -311,15 +311,12 @@ class Outputs(NamedTuple):
 
 def numpy_layer(layer):
     """A layer as a function of NumPy arrays (B, D); one not known here goes through torch."""
-    if isinstance(layer, nn.Tanh):
-        return np.tanh
-    if isinstance(layer, nn.ReLU):
-        return lambda x: np.maximum(x, 0)
     if type(layer) is nn.Linear and layer.bias is not None:
         weight, bias = (p.detach().cpu().numpy() for p in (layer.weight, layer.bias))
         return lambda x: x @ weight.T + bias
+    known = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
     layer = copy.deepcopy(layer).cpu()
-    return lambda x: layer(torch.from_numpy(x)).detach().numpy()
+    return known.get(type(layer), lambda x: layer(torch.from_numpy(x)).detach().numpy())
 
 
 class Agent(nn.Module):
@@ -515,11 +512,10 @@ def dead_neurons(features, activation):
     """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
     on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
     ValueError for another `activation`."""
-    if activation == "relu":
-        return int((features == 0).all(0).sum())
-    if activation == "tanh":
-        return int((features.std(0) < 0.001).sum())
-    raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
+    if activation not in ("relu", "tanh"):
+        raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
+    dead = (features == 0).all(0) if activation == "relu" else features.std(0) < 0.001
+    return int(dead.sum())
 
 
 @torch.no_grad()
