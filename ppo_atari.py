@@ -108,8 +108,7 @@ class Args:
     reset_adam: bool = False  # forget Adam's moments after every batch
     adam_beta1: Decay = 0.9  # decay of Adam's first moment
     adam_beta2: Decay = 0.999  # decay of Adam's second moment (the paper's intervention: 0.9)
-    # probability that a reward is kept and not set to 0 (Figure 35: 0.1); 1 disables
-    reward_keep_prob: Fraction = 1.0
+    reward_keep_prob: Fraction = 1.0  # probability of keeping a reward (Figure 35: 0.1); 1 disables
 
     # Diagnostics
     log_interval: Fraction = 0.001  # between two points of the curves
@@ -681,7 +680,7 @@ class Envs:
         except Exception as error:
             traceback.print_exc()
             games = [f"seed {x} step {len(y)}" for x, y in zip(self.seeds, self.actions)]
-            fail(f"the emulator crashed ({', '.join(games)}): {error!r}; {GO_ON}", code=1)
+            fail(f"the emulator crashed ({', '.join(games)}): {error!r}; {Run.go_on}", code=1)
 
     def start(self, which):
         """Start the games of the mask `which` (E,) from their seeds: the observations of all."""
@@ -753,7 +752,7 @@ class Envs:
             "finished": list(self.finished),
         }
 
-    def load_state_dict(self, state, reseeded):
+    def load_state_dict(self, state, obs_stats, reseeded):
         """Play the games again, side by side, so that all arrive together; or start others where
         there are more or fewer of them, or a setting that decides their frames is another."""
         if not reseeded:
@@ -778,7 +777,6 @@ class Envs:
         return self.obs.copy()
 
 
-GO_ON = "with --resume and its --run-name a run goes on from its last state"
 COLUMNS = {
     "return": "charts/episodic_return",
     "actor rank": "representation/actor/pca_rank",
@@ -794,6 +792,8 @@ class Run:
     A state (latest.pt, and those kept as checkpoints/STEP.pt) holds all that decides how the run
     goes on. The event files are on disk before the state that counts on them, and are cut back to
     the sizes that it remembers, so that they show every point once."""
+
+    go_on = "nothing was started"  # what a message about a fault ends with
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
@@ -854,8 +854,9 @@ class Run:
         device = torch.cuda.get_device_name() if next(agent.parameters()).is_cuda else "CPU"
         versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", Envs.simulator)]
         self.versions = ", ".join([device, f"{torch.get_num_threads()} threads", *versions])
+        step = self.saved["global_step"] if self.saved else 0
         try:
-            next_obs, step = self.restore(**self.saved) if self.saved else (envs.reset(), 0)
+            next_obs = self.restore(**self.saved) if self.saved else envs.reset()
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             fail(f"the state of {self.args.fork_from or self.dir} does not fit: {str(error)[:300]}")
         if self.args.track:
@@ -874,6 +875,8 @@ class Run:
             fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
         self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
         self.lock.acquire()
+        where = f"--runs-dir {self.args.runs_dir} --run-name {self.dir.name}"
+        Run.go_on = f"python {Path(sys.argv[0]).name} {where} --resume goes on from its last state"
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
         sizes = self.saved["log_sizes"] if self.resumed else {}
@@ -882,25 +885,26 @@ class Run:
                 fail(f"{path} is shorter than it was: bring it back, or use another --run-name")
             os.truncate(path, sizes.get(path.name, 0))
         self.writer = SummaryWriter(self.dir)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(self.args).items())
-        self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, step)
+        if not self.resumed:
+            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(self.args).items())
+            self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, step)
         self.save(step, [f"checkpoints/{step}.pt"] * (not self.resumed) + ["latest.pt"])
         tqdm.write(f"{self.dir} from step {step} on")
         tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
         return next_obs, step
 
-    def restore(self, global_step, agent, optimizer, envs, args, rng, versions, scalars, **_):
-        """Bring all parts to where a state left them: next_obs, global_step."""
+    def restore(self, agent, optimizer, envs, obs_stats, rng, args, versions, scalars, **_):
+        """Bring all parts to where a state left them: the next observations (E, ...)."""
         if versions != self.versions:
             say(f"not bit for bit from here on: it was {versions}, and is {self.versions}")
         reseeded, self.scalars = args["seed"] != self.args.seed, scalars
         self.agent.load_state_dict(agent)
         settings = self.optimizer.state_dict()  # learning rate and betas are those of the flags
         self.optimizer.load_state_dict(settings | {"state": optimizer["state"]})
-        next_obs = self.envs.load_state_dict(envs, reseeded)
+        next_obs = self.envs.load_state_dict(envs, obs_stats, reseeded)
         if not reseeded:
             torch.set_rng_state(rng)
-        return next_obs, global_step
+        return next_obs
 
     def log(self, scalars, step):
         """Write the dict {"group": {"name": number}}; what is not finite is written as NaN."""
@@ -961,12 +965,12 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"interrupted; {GO_ON}", code=130)
+        fail(f"interrupted; {Run.go_on}", code=130)
     except zipfile.BadZipFile as error:
         fail(error)
     except filelock.Timeout as error:
         fail(f"another process is at work on this run: {error.lock_file}")
     except OSError as error:
-        fail(f"{error}; {GO_ON}", code=1)
+        fail(f"{error}; {Run.go_on}", code=1)
     except (MemoryError, torch.OutOfMemoryError):
         fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)

@@ -28,7 +28,7 @@ def test_ranks_of_one_hot_features_are_their_number():
 
 
 def test_ranks_of_given_singular_values():
-    # Squares: 10000, 100, 1, 1e-4. sum = 10101.0001; 10000 / sum = 0.9900009, just beyond 1 - delta.
+    # Squares: 10000, 100, 1, 1e-4; sum 10101.0001; 10000 / sum = 0.9900009, just beyond 1 - delta.
     # Plain: 100, 10, 1, 0.01: 100/111.01 = 0.9008, 110/111.01 = 0.9909.
     sigma = [100.0, 10.0, 1.0, 0.01]
     ranks = script.feature_ranks(matrix(sigma, 400, 6))
@@ -41,13 +41,20 @@ def test_ranks_of_given_singular_values():
 
 
 def test_pca_rank_needs_more_than_99_percent():
-    assert script.feature_ranks(torch.diag(torch.tensor([99.0, 1.0]).sqrt()).double())["pca_rank"] == 2
-    assert script.feature_ranks(torch.diag(torch.tensor([99.5, 0.5]).sqrt()).double())["pca_rank"] == 1
+    assert (
+        script.feature_ranks(torch.diag(torch.tensor([99.0, 1.0]).sqrt()).double())["pca_rank"] == 2
+    )
+    assert (
+        script.feature_ranks(torch.diag(torch.tensor([99.5, 0.5]).sqrt()).double())["pca_rank"] == 1
+    )
 
 
 def test_srank_is_of_the_singular_values_and_pca_rank_of_their_squares():
     ranks = script.feature_ranks(matrix([10.0] + [0.5] * 10, 50, 20))
-    assert (ranks["pca_rank"], ranks["srank"]) == (1 + 6, 11)  # (100 + 6 / 4) / 102.5 = 0.9902, 14.5 / 15 = 0.967
+    assert (ranks["pca_rank"], ranks["srank"]) == (
+        1 + 6,
+        11,
+    )  # (100 + 6 / 4) / 102.5 = 0.9902, 14.5 / 15 = 0.967
 
 
 @pytest.mark.parametrize("shape", [(3, 10), (10, 3), (1, 5), (5, 1), (1, 1)])
@@ -61,8 +68,14 @@ def test_ranks_take_any_shape(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_torch_rank_is_matrix_rank(dtype):
     generator = torch.Generator().manual_seed(0)
-    low_rank = torch.randn(100, 5, generator=generator, dtype=dtype) @ torch.randn(5, 30, generator=generator, dtype=dtype)
-    assert script.feature_ranks(low_rank)["torch_rank"] == torch.linalg.matrix_rank(low_rank).item() == 5
+    low_rank = torch.randn(100, 5, generator=generator, dtype=dtype) @ torch.randn(
+        5, 30, generator=generator, dtype=dtype
+    )
+    assert (
+        script.feature_ranks(low_rank)["torch_rank"]
+        == torch.linalg.matrix_rank(low_rank).item()
+        == 5
+    )
     full = torch.randn(100, 30, generator=generator, dtype=dtype)
     assert script.feature_ranks(full)["torch_rank"] == torch.linalg.matrix_rank(full).item() == 30
 
@@ -89,14 +102,28 @@ def test_ranks_of_huge_and_tiny_features_do_not_overflow():
     assert script.feature_ranks(torch.eye(4) * 1e-30)["feature_rank"] == 0
 
 
+@pytest.mark.parametrize("n", [100, 200, 500, 1000])
+def test_exact_ties_count_exactly(n):
+    """n equal singular values: numpy#28063."""
+    right = {100: 100, 200: 199, 500: 496, 1000: 991}[n]
+    for features in (torch.eye(n), 3 * torch.eye(n).double(), torch.eye(n).repeat(2, 1)):
+        ranks = script.feature_ranks(features)
+        assert (ranks["pca_rank"], ranks["srank"]) == (right, right)
+        assert ranks["torch_rank"] == n and ranks["effective_rank"] == pytest.approx(n)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**16))
 @example(1, 1, 468)  # a single feature of size below 0.01
 def test_ranks_lie_between_1_and_the_smaller_side(num_rows, num_columns, seed):
     features = torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(seed))
     for name, rank in script.feature_ranks(features).items():
-        # feature_rank alone is absolute: the largest singular value itself may lie below its threshold
-        least = int(torch.linalg.matrix_norm(features, 2) / num_rows**0.5 > 0.01) if name == "feature_rank" else 1
+        # feature_rank alone is absolute: the largest singular value may lie below its threshold
+        least = (
+            int(torch.linalg.matrix_norm(features, 2) / num_rows**0.5 > 0.01)
+            if name == "feature_rank"
+            else 1
+        )
         assert least - 1e-9 <= rank <= min(num_rows, num_columns) + 1e-9, name
 
 
@@ -143,8 +170,15 @@ def test_ratio_stats_by_hand():
 
 def test_ratio_stats_without_samples_beyond_the_limits():
     stats = script.ratio_stats(torch.zeros(5), 0.2)
-    assert all(math.isnan(stats[name]) for name in ("ratio_mean_above", "ratio_mean_below", "ratio_excess"))
-    assert (stats["ratio_max"], stats["ratio_min"], stats["frac_above"], stats["frac_below"]) == (1, 1, 0, 0)
+    assert all(
+        math.isnan(stats[name]) for name in ("ratio_mean_above", "ratio_mean_below", "ratio_excess")
+    )
+    assert (stats["ratio_max"], stats["ratio_min"], stats["frac_above"], stats["frac_below"]) == (
+        1,
+        1,
+        0,
+        0,
+    )
     one_side = script.ratio_stats(torch.tensor([0.0, 1.0]), 0.2)
     assert one_side["ratio_mean_above"] == pytest.approx(math.e)
     assert math.isnan(one_side["ratio_mean_below"]) and math.isnan(one_side["ratio_excess"])
@@ -157,13 +191,27 @@ def test_ratio_stats_of_overflowing_ratios_are_finite():
     assert stats["ratio_excess"] == pytest.approx(1e24)
 
 
+def test_ratio_stats_clamps_averages_and_not_samples():
+    """Appendix B.3."""
+    stats = script.ratio_stats(torch.tensor([1e14, 1e10]).log(), 0.2)
+    assert stats["ratio_mean_above"] == stats["ratio_max"] == 1e12
+    stats = script.ratio_stats(torch.tensor([5e12, *[1.5] * 9]).log(), 0.2)
+    assert stats["ratio_mean_above"] == pytest.approx((5e12 + 13.5) / 10, rel=1e-4)  # not 1e11
+    low = script.ratio_stats(torch.tensor([1e-14, 0.5]).log(), 0.2)
+    assert low["ratio_mean_below"] == pytest.approx(0.25) and low["ratio_min"] == 1e-12
+    both = script.ratio_stats(torch.tensor([1e14, 1e-14]).log(), 0.2)
+    assert both["ratio_excess"] == pytest.approx(1e24)  # the quotient of the clamped averages
+
+
 def test_ratio_stats_clamps_after_float64():
     # exp(20) in float32 would lose digits that the mean shows
-    assert script.ratio_stats(torch.tensor([20.0]), 0.2)["ratio_max"] == pytest.approx(math.exp(20), rel=1e-12)
+    assert script.ratio_stats(torch.tensor([20.0]), 0.2)["ratio_max"] == pytest.approx(
+        math.exp(20), rel=1e-12
+    )
 
 
 def test_gae_by_hand():
-    # Two steps; the episode terminates at the second: A_1 = r_1 - V_1, A_0 = delta_0 + gamma lambda A_1
+    # The episode terminates at the second step: A_1 = r_1 - V_1, A_0 = delta_0 + gamma lambda A_1
     rewards, values = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [0.25]])
     next_values, ends = torch.tensor([[0.25], [9.0]]), torch.tensor([[False], [True]])
     advantages, returns = script.compute_gae(rewards, values, next_values, ends, ends, 0.9, 0.8)
@@ -183,19 +231,27 @@ def test_gae_of_a_truncated_episode_bootstraps_but_does_not_leak():
 
 
 def test_gae_with_a_constant_critic_and_reward():
-    # delta = r + (gamma - 1) c everywhere: A_t = delta (1 - (gamma lambda)^n) / (1 - gamma lambda), n steps to go
+    # delta = r + (gamma - 1) c: A_t = delta (1 - (gamma lambda)^n) / (1 - gamma lambda), n to go
     gamma, lam, num_steps, r, c = 0.95, 0.9, 20, 2.0, 5.0
     values, zeros = torch.full((num_steps, 3), c), torch.zeros(num_steps, 3)
-    advantages, returns = script.compute_gae(torch.full_like(values, r), values, values, zeros, zeros, gamma, lam)
+    advantages, returns = script.compute_gae(
+        torch.full_like(values, r), values, values, zeros, zeros, gamma, lam
+    )
     decay = gamma * lam
-    expected = [(r + (gamma - 1) * c) * (1 - decay ** (num_steps - t)) / (1 - decay) for t in range(num_steps)]
+    expected = [
+        (r + (gamma - 1) * c) * (1 - decay ** (num_steps - t)) / (1 - decay)
+        for t in range(num_steps)
+    ]
     assert advantages[:, 1].tolist() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(returns, advantages + c)
 
 
 def test_gae_with_lambda_1_is_the_discounted_return():
     generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(30, 2, generator=generator), torch.randn(30, 2, generator=generator)
+    rewards, values = (
+        torch.randn(30, 2, generator=generator),
+        torch.randn(30, 2, generator=generator),
+    )
     next_values, ends = torch.cat([values[1:], torch.zeros(1, 2)]), torch.zeros(30, 2)
     ends[-1] = 1
     _, returns = script.compute_gae(rewards, values, next_values, ends, ends, 0.97, 1.0)
@@ -211,14 +267,15 @@ def test_pfo_loss_is_the_mean_square_and_its_gradient():
     torch.testing.assert_close(new.grad, 2 * (new.detach() - old) / 35)
     assert script.pfo_loss(old, old).item() == 0
     # equation 2: the sum over dimensions
-    assert script.pfo_value(new, old, "sum").item() == pytest.approx(7 * loss.item(), rel=1e-6)
-    assert script.pfo_value(new, old, "mean").item() == loss.item()
+    assert script.pfo_loss(new, old, "sum").item() == pytest.approx(7 * loss.item(), rel=1e-6)
+    assert script.pfo_loss(new, old, "mean").item() == loss.item()
 
 
 @pytest.mark.parametrize("num_iterations", [1, 7, 40, 146, 2441, 97656])
 @pytest.mark.parametrize("interval", [0.001, 0.002, 0.025, 0.5, 1.0])
 def test_due_is_evenly_spread_and_includes_the_last(interval, num_iterations):
-    iterations = [i for i in range(num_iterations + 1) if script.due(interval, i, num_iterations)]
+    iterations = range(num_iterations + 1)
+    iterations = [i for i in iterations if script.due(interval, i, num_iterations)]
     assert iterations[0] == 0 and iterations[-1] == num_iterations
     assert len(iterations) == min(num_iterations, round(1 / interval)) + 1
     assert not any(script.due(0.0, i, num_iterations) for i in iterations)
