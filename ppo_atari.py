@@ -121,12 +121,18 @@ class Args:
     checkpoint_interval: Fraction = 0.001  # between two saves of latest.pt
 
     def __post_init__(self):
-        """Raises ValueError, which tyro shows, if a number is out of its range."""
+        """Raises ValueError, which tyro shows, if a flag is out of its range or a name too long."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             bounds, value = getattr(hint, "__metadata__", [None])[0], getattr(self, name)
             if isinstance(bounds, tuple) and not bounds[0] <= value <= bounds[1]:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
+        parts = Path(self.runs_dir, self.run_name).parts
+        too_long = any(len(os.fsencode(part)) > 200 for part in parts)
+        if too_long or re.search(r"[/\\]|^\.\.?$", self.run_name):
+            raise ValueError(
+                "--run-name must name a folder, no part of --runs-dir be over 200 bytes"
+            )
 
 
 class Outputs(NamedTuple):

@@ -122,7 +122,9 @@ class Args:
         parts = Path(self.runs_dir, self.run_name).parts
         too_long = any(len(os.fsencode(part)) > 200 for part in parts)
         if too_long or re.search(r"[/\\]|^\.\.?$", self.run_name):
-            raise ValueError("--run-name must be the name of a folder, no part over 200 bytes")
+            raise ValueError(
+                "--run-name must name a folder, no part of --runs-dir be over 200 bytes"
+            )
 
 
 MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code

@@ -101,6 +101,8 @@ def run_script(folder, path, flags, cwd, prepare):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(cwd or folder)
     sys.argv = [str(path), *flags]
     if prepare:

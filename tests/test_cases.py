@@ -214,7 +214,7 @@ def test_whatever_a_task_does_wrong_is_said_with_its_place(tmp_path, task, says)
     line = process.stderr.replace("\r", "\n").strip().splitlines()[-1]
     if "%|" in line:  # the bar
         (line,) = (x for x in process.stderr.splitlines() if "error: " in x)
-    for word in (task, says, "environment ", "episode seed ", "step ", "--resume"):
+    for word in (task, says, "environment ", "episode seed ", "step ", "nothing was started"):
         assert word in line
 
 

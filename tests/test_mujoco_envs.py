@@ -127,7 +127,7 @@ def test_replayed_episodes_go_on_bit_for_bit(env_id):
     for step in range(40):
         envs.step(actions[step])
     state = envs.state_dict()
-    assert np.array_equal(other.load_state_dict(state, False), envs.observe())
+    assert np.array_equal(other.load_state_dict(state, envs.obs_stats, False), envs.observe())
     for step in range(40, 60):
         for ours, theirs in zip(envs.step(actions[step]), other.step(actions[step])):
             np.testing.assert_array_equal(ours, theirs)
