@@ -222,15 +222,15 @@ class Agent(nn.Module):
         """The actor in NumPy, (obs (E, D), noise (E, A)) -> actions (E, A); faster than torch."""
         layers = [numpy_layer(x) for x in (*self.actor_trunk, self.activation, self.actor_head)]
         free = None if self.state_std else self.actor_raw_scale.detach().cpu().numpy()
-        bias = np.float32(math.log(math.expm1(0.99)))
+        bias, dim = np.float32(math.log(math.expm1(0.99))), self.action_dim
 
         def act(x, noise):
             for layer in layers:
                 x = layer(x)
-            loc, raw_scale = np.split(x, 2, -1) if self.state_std else (x, free)
+            loc, raw_scale = (x[:, :dim], x[:, dim:]) if self.state_std else (x, free)
             u = loc + (np.logaddexp(0, raw_scale + bias) + np.float32(0.01)) * noise
             if self.clamped:  # TorchRL scores what the stored action, tanh(u), is inverted to
-                u = np.arctanh(np.clip(np.tanh(u), -MAX_TANH, MAX_TANH))
+                u = np.arctanh(np.minimum(np.maximum(np.tanh(u), -MAX_TANH), MAX_TANH))
             return u
 
         return act
@@ -723,32 +723,32 @@ class Envs:
         std[(std < 1e-6) | (np.ptp(observations, 0) == 0)] = 1
         return {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
 
-    @contextlib.contextmanager
-    def blamed(self, i):
-        """What goes wrong inside environment i ends the run and says where."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            place = f"environment {i}, episode seed {self.seeds[i]}, step {len(self.actions[i])}"
-            fail(f"{self.envs[i].spec.id} crashed ({place}): {error!r}; {Run.go_on}", code=1)
-
     def start(self, i, seed=None):
         """Begin an episode of environment i, with the next seed if none is given."""
         self.seeds[i] = int(self.rng.integers(2**31)) if seed is None else seed
         self.actions[i], self.returns[i] = [], 0.0
-        with self.blamed(i):
+        try:
             self.raw_obs[i], _ = self.envs[i].reset(seed=self.seeds[i])
+        except Exception as error:
+            self.crash(i, error)
 
     def advance(self, i, action):
         """One step of environment i: reward, terminated, truncated."""
         self.actions[i].append(action)
-        with self.blamed(i):
+        try:
             outcome = self.envs[i].step(action.copy())  # a task may scale it in place
             self.raw_obs[i], reward, terminated, truncated, _ = outcome
-            reward = float(np.asarray(reward).item())
-            self.returns[i] += reward
+            reward = reward.item() if isinstance(reward, np.ndarray) else float(reward)
+        except Exception as error:
+            self.crash(i, error)
+        self.returns[i] += reward
         return reward, terminated, truncated
+
+    def crash(self, i, error):
+        """What goes wrong inside environment i ends the run and says where."""
+        traceback.print_exception(error)
+        place = f"environment {i}, episode seed {self.seeds[i]}, step {len(self.actions[i])}"
+        fail(f"{self.envs[i].spec.id} crashed ({place}): {error!r}; {Run.go_on}", code=1)
 
     def observe(self):
         obs = np.empty((len(self.envs), self.obs_dim), np.float32)
@@ -767,7 +767,8 @@ class Envs:
         terminations and truncations (E,), and the last observations of episodes that ended."""
         if self.squash:
             actions = self.middle + self.half_width * np.tanh(actions)
-        actions = np.clip(actions.astype(self.low.dtype), self.low, self.high)  # rounding, too
+        actions = np.maximum(actions.astype(self.low.dtype), self.low)  # beyond it by rounding, too
+        actions = np.minimum(actions, self.high)
         outcomes = [self.advance(i, action) for i, action in enumerate(actions)]
         next_obs, final_obs = self.observe(), []
         for i, (_, terminated, truncated) in enumerate(outcomes):

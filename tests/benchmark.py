@@ -99,6 +99,7 @@ def measure(root, script, flags, iterations, log_every=2.44, steps=2048, warm_up
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, Path(root, f"{script}.py"), "--no-cuda"]
         command += ["--runs-dir", folder, "--run-name", "run", "--checkpoint-interval", "0.5"]
+        command += ["--snapshot-interval", "1"]  # saving is measured apart
         command += ["--total-timesteps", frames * iterations]
         command += ["--log-interval", min(1.0, log_every / iterations), *flags.split()]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
