@@ -822,6 +822,8 @@ class Run:
         kept = [path for path in self.dir.glob("checkpoints/*.pt") if path.stem.isdecimal()]
         kept.sort(key=lambda path: int(path.stem), reverse=True)
         states = [path for path in (self.dir / "latest.pt", *kept) if path.is_file()]
+        if (self.dir / "latest.pt").is_dir():
+            fail(f"{self.dir / 'latest.pt'} is a folder: move it away")
         for path in states:
             try:
                 return read_state(path)

@@ -290,7 +290,9 @@ def replaced(content, name="latest.pt"):
     def damage(run_dir):
         path = run_dir / name
         path.unlink()
-        if content == "fifo":
+        if content == "folder":
+            path.mkdir()
+        elif content == "fifo":
             os.mkfifo(path)
         elif content == "link":
             path.symlink_to(run_dir / "nowhere")
@@ -340,6 +342,7 @@ DAMAGED = {
     "zeros": (replaced(bytes(5000)), "goes on"),
     "half a zip": (replaced(b"PK\x03\x04 half a zip"), "goes on"),
     "latest is missing": (lambda run_dir: (run_dir / "latest.pt").unlink(), "goes on"),
+    "a folder": (replaced("folder"), "refused"),
     "a pipe": (replaced("fifo"), "goes on"),
     "a link to nowhere": (replaced("link"), "goes on"),
     "two damaged states": (both(flip(0.3), cut(0.5, KEPT)), "goes on"),
