@@ -127,12 +127,9 @@ class Args:
             if isinstance(bounds, tuple) and not bounds[0] <= value <= bounds[1]:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
-        parts = Path(self.runs_dir, self.run_name).parts
-        too_long = any(len(os.fsencode(part)) > 200 for part in parts)
-        if too_long or re.search(r"[/\\]|^\.\.?$", self.run_name):
-            raise ValueError(
-                "--run-name must name a folder, no part of --runs-dir be over 200 bytes"
-            )
+        path = os.fsencode(Path(self.runs_dir, self.run_name))
+        if re.search(r"[/\\]|^\.\.?$", self.run_name) or re.search(rb"[^/]{200}", path):
+            raise ValueError("--run-name and parts of --runs-dir must be names of up to 200 bytes")
 
 
 class Outputs(NamedTuple):
@@ -226,8 +223,7 @@ class Agent(nn.Module):
         return (policy.exp() * (policy - other)).sum(-1)
 
     def policy_stats(self, policy, actions):
-        """What is logged as policy/NAME of a batch: a dict of scalars.
-        `variance` is that over the states of each action's probability, averaged."""
+        """What is logged as policy/NAME: variance over states of each probability, and entropy."""
         return {"variance": policy.exp().var(0).mean(), "entropy": self.entropy(policy).mean()}
 
 
@@ -562,9 +558,7 @@ def main():
                 "policy_objective_last_minibatch": -losses["policy_loss"],
                 "explained_variance": 1 - (b_returns - old.values).var() / b_returns.var(),
             }
-        run.log(scalars, global_step)
-        if due(0.025, iteration, num_iterations):
-            run.print_row(global_step)
+        run.log(scalars, global_step, row=due(0.025, iteration, num_iterations))
         bar.update(steps_per_iteration)
 
         # Checkpoint
@@ -649,7 +643,6 @@ class Envs:
             name = re.sub(r"^ALE/|(-ram)?(NoFrameskip|Deterministic)?-v\d+$", "", args.env_id)
             nearest = difflib.get_close_matches(f"ALE/{name}-v5", games, 1, 0)[0]
             fail(f"--env-id {args.env_id} is no game with images; the nearest name is {nearest}")
-        self.game = gym.spec(args.env_id).kwargs["game"]
         self.settings = {  # what decides the frames
             "frameskip": args.frameskip,
             "repeat_action_probability": args.sticky,
@@ -661,7 +654,7 @@ class Envs:
         # counts nowhere; a time limit's would, so the steps are counted here and ALE has no limit
         self.limit = math.ceil(args.max_episode_frames / args.frameskip)
         self.envs = AtariVectorEnv(
-            self.game,
+            gym.spec(args.env_id).kwargs["game"],
             num_envs,
             num_threads=args.env_threads,
             life_loss_info=args.episodic_life,  # `episodic_life` would begin a new game
@@ -730,9 +723,8 @@ class Envs:
         return next_obs, rewards, terminations, truncations, final_obs
 
     def collect(self, agent, num_steps, seed):
-        """States that the agent's sampled actions lead to from a reset, every frame kept once: the
-        frames (num_steps + 1, 84, 84) uint8, the first of zeros, and the index (num_steps, 4) of
-        each state's four."""
+        """States that the agent's sampled actions lead to, every frame kept once: frames
+        (num_steps + 1, 84, 84) uint8, the first of zeros, and the index (num_steps, 4) of fours."""
         frames = torch.zeros(num_steps + 1, 84, 84, dtype=torch.uint8)
         index = torch.zeros(num_steps, 4, dtype=torch.int64)
         n, next_obs, device = 0, self.reset(), next(agent.parameters()).device
@@ -799,7 +791,7 @@ class Run:
     goes on. The event files are on disk before the state that counts on them, and are cut back to
     the sizes that it remembers, so that they show every point once."""
 
-    go_on = "nothing was started"  # what a message about a fault ends with
+    go_on, exit_code = "nothing was started", 2  # how a fault's message and the process end
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
@@ -879,12 +871,11 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=self.args.resume)
         except FileExistsError:
             fail(f"{self.dir} is being started by another process")
-        except OSError as error:
-            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
         self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
         self.lock.acquire()
         where = f"--runs-dir {self.args.runs_dir} --run-name {self.dir.name}"
         Run.go_on = f"python {Path(sys.argv[0]).name} {where} --resume goes on from its last state"
+        Run.exit_code = 1
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
         sizes = self.saved["log_sizes"] if self.resumed else {}
@@ -914,17 +905,16 @@ class Run:
             torch.set_rng_state(rng)
         return next_obs
 
-    def log(self, scalars, step):
-        """Write the dict {"group": {"name": number}}; what is not finite is written as NaN."""
+    def log(self, scalars, step, row=False):
+        """Write the dict {"group": {"name": number}}, what is not finite as NaN; print a `row`."""
         for group, part in scalars.items():
             for name, value in part.items():
                 value = float(value) if math.isfinite(value) else math.nan
                 self.scalars[f"{group}/{name}"] = value
                 self.writer.add_scalar(f"{group}/{name}", value, step)
-
-    def print_row(self, step):
-        cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
-        tqdm.write(f"{step:12,}" + "".join(cells))
+        if row:
+            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
+            tqdm.write(f"{step:12,}" + "".join(cells))
 
     def save(self, global_step, names):
         """Write all that the run needs to go on from here into the files `names` of its folder."""
@@ -974,11 +964,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail(f"interrupted; {Run.go_on}", code=130)
-    except zipfile.BadZipFile as error:
-        fail(error)
     except filelock.Timeout as error:
         fail(f"another process is at work on this run: {error.lock_file}")
-    except OSError as error:
-        fail(f"{error}; {Run.go_on}", code=1)
-    except (MemoryError, torch.OutOfMemoryError):
-        fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)
+    except (OSError, MemoryError, torch.OutOfMemoryError, zipfile.BadZipFile) as error:
+        fail(f"{type(error).__name__}: {error}; {Run.go_on}", code=Run.exit_code)

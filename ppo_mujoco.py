@@ -119,12 +119,9 @@ class Args:
             if isinstance(bounds, tuple) and not bounds[0] <= value <= bounds[1]:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
-        parts = Path(self.runs_dir, self.run_name).parts
-        too_long = any(len(os.fsencode(part)) > 200 for part in parts)
-        if too_long or re.search(r"[/\\]|^\.\.?$", self.run_name):
-            raise ValueError(
-                "--run-name must name a folder, no part of --runs-dir be over 200 bytes"
-            )
+        path = os.fsencode(Path(self.runs_dir, self.run_name))
+        if re.search(r"[/\\]|^\.\.?$", self.run_name) or re.search(rb"[^/]{200}", path):
+            raise ValueError("--run-name and parts of --runs-dir must be names of up to 200 bytes")
 
 
 MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code
@@ -603,9 +600,7 @@ def main():
                 "policy_objective_last_minibatch": -losses["policy_loss"],
                 "explained_variance": 1 - (b_returns - old.values).var() / b_returns.var(),
             }
-        run.log(scalars, global_step)
-        if due(0.025, iteration, num_iterations):
-            run.print_row(global_step)
+        run.log(scalars, global_step, row=due(0.025, iteration, num_iterations))
         bar.update(steps_per_iteration)
 
         # Checkpoint
@@ -830,7 +825,7 @@ class Run:
     goes on. The event files are on disk before the state that counts on them, and are cut back to
     the sizes that it remembers, so that they show every point once."""
 
-    go_on = "nothing was started"  # what a message about a fault ends with
+    go_on, exit_code = "nothing was started", 2  # how a fault's message and the process end
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
@@ -910,12 +905,11 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=self.args.resume)
         except FileExistsError:
             fail(f"{self.dir} is being started by another process")
-        except OSError as error:
-            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
         self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
         self.lock.acquire()
         where = f"--runs-dir {self.args.runs_dir} --run-name {self.dir.name}"
         Run.go_on = f"python {Path(sys.argv[0]).name} {where} --resume goes on from its last state"
+        Run.exit_code = 1
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
         sizes = self.saved["log_sizes"] if self.resumed else {}
@@ -945,17 +939,16 @@ class Run:
             torch.set_rng_state(rng)
         return next_obs
 
-    def log(self, scalars, step):
-        """Write the dict {"group": {"name": number}}; what is not finite is written as NaN."""
+    def log(self, scalars, step, row=False):
+        """Write the dict {"group": {"name": number}}, what is not finite as NaN; print a `row`."""
         for group, part in scalars.items():
             for name, value in part.items():
                 value = float(value) if math.isfinite(value) else math.nan
                 self.scalars[f"{group}/{name}"] = value
                 self.writer.add_scalar(f"{group}/{name}", value, step)
-
-    def print_row(self, step):
-        cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
-        tqdm.write(f"{step:12,}" + "".join(cells))
+        if row:
+            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
+            tqdm.write(f"{step:12,}" + "".join(cells))
 
     def save(self, global_step, names):
         """Write all that the run needs to go on from here into the files `names` of its folder."""
@@ -1005,11 +998,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail(f"interrupted; {Run.go_on}", code=130)
-    except zipfile.BadZipFile as error:
-        fail(error)
     except filelock.Timeout as error:
         fail(f"another process is at work on this run: {error.lock_file}")
-    except OSError as error:
-        fail(f"{error}; {Run.go_on}", code=1)
-    except (MemoryError, torch.OutOfMemoryError):
-        fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)
+    except (OSError, MemoryError, torch.OutOfMemoryError, zipfile.BadZipFile) as error:
+        fail(f"{type(error).__name__}: {error}; {Run.go_on}", code=Run.exit_code)

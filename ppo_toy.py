@@ -12,7 +12,6 @@ takes seconds to three minutes. A reader may stop at the end of `main`.
 
 import contextlib
 import copy
-import io
 import json
 import math
 import os
@@ -222,9 +221,7 @@ def ratios_by_rank(run, args):
                 ratios, _ = simulate(*toy, args, args.learn_features, **pfo)
                 stats = ratio_stats(ratios[-1].log(), args.clip_coef)
                 rows.append([stats[key] for key in keys])
-            values = torch.tensor(
-                rows, dtype=torch.float64
-            )  # NaN where no ratio was beyond its limit
+            values = torch.tensor(rows, dtype=torch.float64)  # NaN: no ratio beyond its limit
             mean, count = values.nanmean(0), (~values.isnan()).sum(0)
             error = ((values - mean).square().nansum(0) / (count - 1) / count).sqrt()
             cells = (f"{m:18.4f} +- {e:6.4f}" for m, e in zip(mean, error))
@@ -395,8 +392,7 @@ class Agent(nn.Module):
         return (policy.exp() * (policy - other)).sum(-1)
 
     def policy_stats(self, policy, actions):
-        """What is logged as policy/NAME of a batch: a dict of scalars.
-        `variance` is that over the states of each action's probability, averaged."""
+        """What is logged as policy/NAME: variance over states of each probability, and entropy."""
         return {"variance": policy.exp().var(0).mean(), "entropy": self.entropy(policy).mean()}
 
 
@@ -700,9 +696,7 @@ def train(args):
                 "policy_objective_last_minibatch": -losses["policy_loss"],
                 "explained_variance": 1 - (b_returns - old.values).var() / b_returns.var(),
             }
-        run.log(scalars, global_step)
-        if due(0.025, iteration, num_iterations):
-            run.print_row(global_step)
+        run.log(scalars, global_step, row=due(0.025, iteration, num_iterations))
         bar.update(steps_per_iteration)
 
         # Checkpoint
@@ -752,18 +746,16 @@ def check_ranges(args):
         if isinstance(bounds, tuple) and not all(bounds[0] <= x <= bounds[1] for x in numbers):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
-    if re.search(r"[/\\]|^\.\.?$", args.run_name):
-        raise ValueError(f"--run-name must be the name of a folder, not a path: {args.run_name}")
-    if any(len(os.fsencode(x)) > 200 for x in Path(args.runs_dir, args.run_name).parts):
-        raise ValueError("--runs-dir or --run-name has a part of more than 200 bytes")
+    path = os.fsencode(Path(args.runs_dir, args.run_name))
+    if re.search(r"[/\\]|^\.\.?$", args.run_name) or re.search(rb"[^/]{200}", path):
+        raise ValueError("--run-name and parts of --runs-dir must be names of up to 200 bytes")
 
 
 def check(args):
     """Exit with one line where flags do not go together."""
     batch_size = args.num_envs * args.num_steps
     if not 2 <= args.minibatch_size <= batch_size:
-        batch = f"--num-envs x --num-steps = {batch_size}"
-        fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to the batch, {batch}")
+        fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to {batch_size}")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps is {args.total_timesteps}: it must be {batch_size} or more")
     least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, a step of each
@@ -777,11 +769,10 @@ class Envs:
     """`num_envs` copies of the task, stepped in turn; an episode that ends is followed by the next.
     Observations (E, D) are used as they are."""
 
-    def __init__(self, args, num_envs, stream, obs_stats=None, **make_flags):
+    def __init__(self, args, num_envs, stream, obs_stats=None):
         gym.logger.min_level = gym.logger.ERROR  # no advice to move on to a newer version
-        make_flags["disable_env_checker"] = True
         try:
-            self.envs = [gym.make(args.env_id, **make_flags) for _ in range(num_envs)]
+            self.envs = [gym.make(args.env_id, disable_env_checker=True) for _ in range(num_envs)]
         except Exception as error:  # whatever a task's constructor raises
             fail(f"--env-id {args.env_id} cannot be made: {error!r}")
         obs_space, space = self.envs[0].observation_space, self.envs[0].action_space
@@ -844,7 +835,7 @@ COLUMNS = {
 class Run:
     """The folder of a run: args.json, event files for TensorBoard, and checkpoints/STEP.pt."""
 
-    kept = "nothing was kept"  # what a message says that ends the process early
+    kept, exit_code = "nothing was kept", 2  # how a fault's message and the process end
 
     def __init__(self, args):
         task = re.sub(r"[/\\:]", "-", getattr(args, "env_id", "toy"))
@@ -856,39 +847,31 @@ class Run:
             self.dir.mkdir(parents=True)
         except FileExistsError:
             fail(f"{self.dir} exists or was just started: choose another --run-name")
-        except OSError as error:
-            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
+        Run.kept, Run.exit_code = f"{self.dir} keeps the curves and checkpoints so far", 1
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         self.writer = SummaryWriter(self.dir)
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, 0)
-        Run.kept = f"{self.dir} keeps the curves so far"
 
-    def log(self, scalars, step):
-        """Write the dict {"group": {"name": number}}; what is not finite is written as NaN."""
+    def log(self, scalars, step, row=False):
+        """Write the dict {"group": {"name": number}}, what is not finite as NaN; print a `row`."""
         for group, part in scalars.items():
             for name, value in part.items():
                 value = float(value) if math.isfinite(value) else math.nan
                 self.scalars[f"{group}/{name}"] = value
                 self.writer.add_scalar(f"{group}/{name}", value, step)
+        if row:
+            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
+            tqdm.write(f"{step:12,}" + "".join(cells))
         self.writer.flush()
 
-    def print_row(self, step):
-        cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
-        tqdm.write(f"{step:12,}" + "".join(cells))
-
     def save(self, global_step, agent, optimizer):
-        """Write checkpoints/STEP.pt, which capacity.py reads, at once or not at all."""
+        """Write checkpoints/STEP.pt, which capacity.py reads."""
         state = {"script": Path(__file__).stem, "args": asdict(self.args), "obs_stats": {}}
         state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        buffer = io.BytesIO()
-        torch.save(state | {"global_step": global_step}, buffer)
+        (self.dir / "checkpoints").mkdir(exist_ok=True)
         path = self.dir / "checkpoints" / f"{global_step}.pt"
-        path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-        path.with_suffix(".tmp").replace(path)
-        checkpoints = len(list(path.parent.glob("*.pt")))
-        Run.kept = f"{self.dir} keeps the curves so far and {checkpoints} checkpoints"
+        torch.save(state | {"global_step": global_step}, path)
 
     def close(self):
         self.writer.close()
@@ -915,10 +898,8 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail(f"interrupted; {Run.kept}", code=130)
-    except OSError as error:
-        fail(f"{error}; {Run.kept}", code=1)
-    except (MemoryError, torch.OutOfMemoryError):
-        fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        fail(f"{type(error).__name__}: {error}; {Run.kept}", code=Run.exit_code)
     except Exception as error:  # of a task, for example
         traceback.print_exc()
         fail(f"{error!r}; {Run.kept}", code=1)
