@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -196,8 +197,8 @@ class Agent(nn.Module):
         if self.critic_trunk is not self.actor_trunk:
             critic = self.preactivations(self.critic_trunk, x)
         values = self.critic_head(self.activation(critic[-1])).squeeze(-1)
-        held = actor[-1:] if self.pfo_layers == "last" else actor
-        held = torch.cat([x.flatten(1) for x in held], 1)
+        last = self.pfo_layers == "last"
+        held = actor[-1] if last else torch.cat([x.flatten(1) for x in actor], 1)
         return Outputs(self.policy(actor[-1]), values, actor[-1], critic[-1], held)
 
     def noise(self, num_steps, num_envs, generator=None):
@@ -264,7 +265,7 @@ def shuffled_minibatches(batch, minibatch_size):
     Advantages are normalised within each minibatch; an incomplete last one is dropped."""
     num_minibatches = len(batch["obs"]) // minibatch_size
     order = torch.randperm(len(batch["obs"]))[: num_minibatches * minibatch_size]
-    order = order.to(batch["obs"].device)
+    order = order.to(batch["obs"].device, non_blocking=True)
     parts = {k: x[order].unflatten(0, (num_minibatches, minibatch_size)) for k, x in batch.items()}
     std, mean = torch.std_mean(parts["advantages"], 1, correction=0, keepdim=True)
     parts["advantages"] = (parts["advantages"] - mean) / std.clamp_min(1e-6)
@@ -290,8 +291,8 @@ def clipped_gradient(agent, loss, max_grad_norm):
 
 def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_held):
     """The clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus and
-    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars,
-    each of which is logged as losses/NAME, and the policies (B, ...)."""
+    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars or
+    (B,), whose means are logged as losses/NAME, and the policies (B, ...)."""
     new = agent(obs)
     logratio = agent.log_prob(new.policy, actions) - logprobs
     ratio = logratio.clamp(math.log(1e-7), math.log(1e9)).exp()
@@ -307,9 +308,9 @@ def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_h
         loss = loss + args.pfo_coef * pfo
     gradient, norms = clipped_gradient(agent, loss, args.max_grad_norm)
     losses |= {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-    kl = logratio.exp() - 1 - logratio  # Schulman, "Approximating KL Divergence"
-    losses |= {"old_approx_kl": -logratio.mean(), "approx_kl": kl.mean()}
-    losses["clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
+    logratio = logratio.detach()  # Schulman, "Approximating KL Divergence"
+    losses |= {"old_approx_kl": -logratio, "approx_kl": logratio.expm1() - logratio}
+    losses["clipfrac"] = (ratio != clipped_ratio).float()
     return gradient, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
 
 
@@ -434,6 +435,18 @@ def capacity_loss(agent, args, frames, index, target_policies, target_values, ad
     return {k: x.item() for k, x in zip(names, (actor, critic, actor_last, critic_last))}
 
 
+def compiled(function, device):
+    """`function` as one compiled graph; on CUDA a CUDA graph, whose outputs are copied, since its
+    next replay overwrites them."""
+    torch._dynamo.config.trace_autograd_ops = True  # backward and clipping in the same graph
+    torch._inductor.config.fallback_random = True  # the eager script's random numbers
+    torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
+    if device.type == "cpu":
+        return torch.compile(function, fullgraph=True)
+    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    return lambda *args, **kwargs: tree_map(torch.clone, graph(*args, **kwargs))
+
+
 def main():
     # Setup
     run = Run(tyro.cli(Args))  # a new one, one that is resumed, or a fork
@@ -451,12 +464,11 @@ def main():
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(device)
     optimizer, vector = make_optimizer(agent, args)
-    gradient = ppo_gradient
+    gradient, sample = ppo_gradient, agent.sample
     if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # backward and clipping in the same graph
-        torch._inductor.config.fallback_random = True  # the eager script's random numbers
-        torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
-        gradient = torch.compile(ppo_gradient, fullgraph=True)
+        gradient = compiled(ppo_gradient, device)
+    if args.compile and device.type == "cuda":
+        sample = compiled(agent.sample, device)
     shape = (args.num_steps, args.num_envs)
     obs = torch.from_numpy(np.zeros((*shape, 4, 84, 84), np.uint8)).to(device)
     actions = torch.zeros(*shape, dtype=torch.int64, device=device)
@@ -481,8 +493,8 @@ def main():
         noise = agent.noise(args.num_steps, args.num_envs).to(device)
         final_obs = []
         for t in range(args.num_steps):
-            obs[t] = torch.from_numpy(next_obs)
-            actions[t] = agent.sample(obs[t], noise[t])
+            obs[t].copy_(torch.from_numpy(next_obs), non_blocking=True)
+            actions[t] = sample(obs[t], noise[t])
             outcome = envs.step(actions[t].cpu().numpy())
             next_obs, rewards[t], terminations[t], truncations[t], ended = outcome
             final_obs += ended
@@ -523,7 +535,7 @@ def main():
                 optimizer.step()
                 all_losses.append(losses)
                 policies.append(policy)
-            if args.target_kl and losses["approx_kl"] > args.target_kl:
+            if args.target_kl and losses["approx_kl"].mean() > args.target_kl:
                 break
         if args.reset_adam:
             optimizer.state.clear()

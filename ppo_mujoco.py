@@ -207,8 +207,8 @@ class Agent(nn.Module):
         if not self.state_std:
             policy = torch.cat([policy, self.actor_raw_scale.expand_as(policy)], -1)
         values = self.critic_head(self.activation(critic[-1])).squeeze(-1)
-        held = actor[-1:] if self.pfo_layers == "last" else actor
-        held = torch.cat([x.flatten(1) for x in held], 1)
+        last = self.pfo_layers == "last"
+        held = actor[-1] if last else torch.cat([x.flatten(1) for x in actor], 1)
         return Outputs(policy, values, actor[-1], critic[-1], held)
 
     def noise(self, num_steps, num_envs, generator=None):
@@ -252,7 +252,7 @@ class Agent(nn.Module):
         entropy = scale.log() + (math.log(2 * math.pi) + 1) / 2
         if self.squash:
             u = loc.unsqueeze(-1) + scale.unsqueeze(-1) * self.nodes
-            entropy = entropy + log_tanh_slope(u) @ self.weights
+            entropy = entropy + 2 * (math.log(2) - loc - F.softplus(-2 * u) @ self.weights)
         return entropy.sum(-1)
 
     def kl(self, policy, other):
@@ -309,7 +309,7 @@ def shuffled_minibatches(batch, minibatch_size):
     Advantages are normalised within each minibatch; an incomplete last one is dropped."""
     num_minibatches = len(batch["obs"]) // minibatch_size
     order = torch.randperm(len(batch["obs"]))[: num_minibatches * minibatch_size]
-    order = order.to(batch["obs"].device)
+    order = order.to(batch["obs"].device, non_blocking=True)
     parts = {k: x[order].unflatten(0, (num_minibatches, minibatch_size)) for k, x in batch.items()}
     std, mean = torch.std_mean(parts["advantages"], 1, correction=0, keepdim=True)
     parts["advantages"] = (parts["advantages"] - mean) / std.clamp_min(1e-6)
@@ -335,8 +335,8 @@ def clipped_gradient(agent, loss, max_grad_norm):
 
 def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_held):
     """The clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus and
-    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars,
-    each of which is logged as losses/NAME, and the policies (B, ...)."""
+    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars or
+    (B,), whose means are logged as losses/NAME, and the policies (B, ...)."""
     new = agent(obs)
     logratio = agent.log_prob(new.policy, actions) - logprobs
     ratio = logratio.clamp(math.log(1e-7), math.log(1e9)).exp()
@@ -352,9 +352,9 @@ def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_h
         loss = loss + args.pfo_coef * pfo
     gradient, norms = clipped_gradient(agent, loss, args.max_grad_norm)
     losses |= {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-    kl = logratio.exp() - 1 - logratio  # Schulman, "Approximating KL Divergence"
-    losses |= {"old_approx_kl": -logratio.mean(), "approx_kl": kl.mean()}
-    losses["clipfrac"] = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
+    logratio = logratio.detach()  # Schulman, "Approximating KL Divergence"
+    losses |= {"old_approx_kl": -logratio, "approx_kl": logratio.expm1() - logratio}
+    losses["clipfrac"] = (ratio != clipped_ratio).float()
     return gradient, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
 
 
@@ -565,7 +565,7 @@ def main():
                 optimizer.step()
                 all_losses.append(losses)
                 policies.append(policy)
-            if args.target_kl and losses["approx_kl"] > args.target_kl:
+            if args.target_kl and losses["approx_kl"].mean() > args.target_kl:
                 break
         if args.reset_adam:
             optimizer.state.clear()

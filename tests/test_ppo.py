@@ -293,8 +293,8 @@ def test_what_is_logged_of_a_minibatch():
         "clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
     }
     for name, value in expected.items():
-        torch.testing.assert_close(logged[name], value)
-    assert 0 < logged["clipfrac"] < 1
+        torch.testing.assert_close(logged[name].mean(), value)
+    assert 0 < logged["clipfrac"].mean() < 1
     assert logged.keys() == expected.keys() | {"pfo_loss", "actor_grad_norm", "critic_grad_norm"}
 
 
