@@ -62,7 +62,7 @@ class Args:
     # a game (the paper: Phoenix, NameThisGame, DoubleDunk, Qbert, Gravitar, BattleZone)
     env_id: str = "ALE/Phoenix-v5"
     seed: Seed = 1  # of every random generator (the paper: 25, 7, 64, 27, 4)
-    total_timesteps: Steps = 100_000_000  # frames of the whole run
+    total_timesteps: Steps = 100_000_000  # frames of the run, whole iterations of them
     torch_threads: Threads = 0  # CPU threads; 0: torch's choice
     env_threads: Threads = 0  # threads of the emulators; 0: one a game, at most one a CPU
     cuda: bool = True  # use a CUDA device where there is one
@@ -460,7 +460,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
-    target = Agent(envs, args).to(device)
+    target = Agent(envs, args).to(device)  # the random network that the capacity loss fits
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(device)
     optimizer, vector = make_optimizer(agent, args)
@@ -849,15 +849,19 @@ class Run:
         args = tyro.cli(Args, default=before)
         then = asdict(before)
         changed = {k: f"{k} {then[k]} is now {x}" for k, x in asdict(args).items() if x != then[k]}
-        changes = "; ".join(changed.values()) or "as it was"
         fixed = {"env_id", "width", "share_trunk", "policy_std"}  # what the weights fit
         if self.resumed:  # what may change touches nothing that was computed
             free = {"cuda", "track", "" if args.anneal_lr else "total_timesteps"}
             fixed = {k for k in changed if k not in free and not k.endswith("_interval")}
-        else:
-            say(f"a fork of {args.fork_from}, step {args.fork_step}: {changes}")
-        if fixed & changed.keys():
-            fail(f"with {changes} it cannot go on: leave that out, or start a run of another name")
+        wrong = "; ".join(text for name, text in changed.items() if name in fixed)
+        if wrong:
+            fail(
+                f"it cannot go on, {wrong}: leave that out"
+                + ", or fork a checkpoint" * self.resumed
+            )
+        what = self.dir if self.resumed else f"a fork of {args.fork_from}, step {args.fork_step}"
+        if changed or not self.resumed:
+            say(f"{what}: {'; '.join(changed.values()) or 'as it was'}")
         return args
 
     def start(self, agent, optimizer, envs):

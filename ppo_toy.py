@@ -248,7 +248,7 @@ class Args:
     # Experiment
     env_id: str = "CartPole-v1"  # Gymnasium task with a flat Box observation, Discrete actions
     seed: Seed = 1  # of every random generator (the paper: 25, 7, 64, 27, 4)
-    total_timesteps: Steps = 100_000  # environment steps of the whole run
+    total_timesteps: Steps = 100_000  # environment steps of the run, whole iterations of them
     torch_threads: Annotated[int, (0, 256)] = 1  # CPU threads; one is fastest; 0: torch's choice
     cuda: bool = True  # use a CUDA device where there is one
     compile: bool = False  # compile the gradient step: up to twice as fast after about a minute
@@ -583,7 +583,7 @@ def train(args):
     torch.backends.cudnn.deterministic = True
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
-    target = Agent(envs, args).to(device)
+    target = Agent(envs, args).to(device)  # the random network that the capacity loss fits
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(device)
     optimizer, vector = make_optimizer(agent, args)

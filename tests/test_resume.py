@@ -254,6 +254,15 @@ def test_a_longer_run_goes_on_from_a_finished_one(whole, tmp_path):
     assert "total" in message(longer, 2)  # the learning rates so far would have been others
 
 
+def test_what_is_other_in_a_resumed_run_is_said_and_only_what_cannot_change_is_refused(half):
+    run_dir = half()
+    process = resume("ppo_mujoco", run_dir.parent, "run", "--total-timesteps 384 --pfo-coef 3")
+    line = message(process, 2)
+    assert "pfo_coef 0.0 is now 3.0" in line and "total_timesteps" not in line
+    process = resume("ppo_mujoco", run_dir.parent, "run", "--total-timesteps 384")
+    assert process.returncode == 0 and "total_timesteps 512 is now 384" in process.stderr
+
+
 def test_another_version_is_said_and_the_run_goes_on(half):
     run_dir = half()
     edit(run_dir / "latest.pt", lambda state: state.update(versions="CPU, 9 threads, torch 1.0"))
