@@ -67,7 +67,7 @@ class Args:
     env_threads: Threads = 0  # threads of the emulators; 0: one a game, at most one a CPU
     cuda: bool = True  # use a CUDA device where there is one
     tf32: bool = False  # let a CUDA device multiply in TF32: faster, with 10 bits of mantissa
-    compile: bool = False  # compile the gradient step: up to twice as fast after about a minute
+    compile: bool = False  # compile gradient step and rollout, on CUDA as CUDA graphs: a minute
     runs_dir: str = "runs"  # folder that holds the runs
     run_name: str = ""  # the run's folder within --runs-dir; empty: task, script, seed and time
     resume: bool = False  # go on with the run --run-name if it exists, with its own flags
@@ -130,7 +130,9 @@ class Args:
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
         path = os.fsencode(Path(self.runs_dir, self.run_name))
         if re.search(r"[/\\]|^\.\.?$", self.run_name) or re.search(rb"[^/]{200}", path):
-            raise ValueError("--run-name and parts of --runs-dir must be names of up to 200 bytes")
+            raise ValueError(
+                "--run-name: no slash; it and each part of --runs-dir: under 200 bytes"
+            )
 
 
 class Outputs(NamedTuple):
@@ -466,9 +468,7 @@ def main():
     optimizer, vector = make_optimizer(agent, args)
     gradient, sample = ppo_gradient, agent.sample
     if args.compile:
-        gradient = compiled(ppo_gradient, device)
-    if args.compile and device.type == "cuda":
-        sample = compiled(agent.sample, device)
+        gradient, sample = compiled(gradient, device), compiled(sample, device)
     shape = (args.num_steps, args.num_envs)
     obs = torch.from_numpy(np.zeros((*shape, 4, 84, 84), np.uint8)).to(device)
     actions = torch.zeros(*shape, dtype=torch.int64, device=device)
@@ -735,8 +735,8 @@ class Envs:
         return next_obs, rewards, terminations, truncations, final_obs
 
     def collect(self, agent, num_steps, seed):
-        """States that the agent's sampled actions lead to, every frame kept once: frames
-        (num_steps + 1, 84, 84) uint8, the first of zeros, and the index (num_steps, 4) of fours."""
+        """The frames that the agent's sampled actions lead to, each once, (num_steps + 1, 84, 84)
+        uint8, the first of zeros, and the index (num_steps, 4) of each state's four."""
         frames = torch.zeros(num_steps + 1, 84, 84, dtype=torch.uint8)
         index = torch.zeros(num_steps, 4, dtype=torch.int64)
         n, next_obs, device = 0, self.reset(), next(agent.parameters()).device
@@ -803,7 +803,7 @@ class Run:
     goes on. The event files are on disk before the state that counts on them, and are cut back to
     the sizes that it remembers, so that they show every point once."""
 
-    go_on, exit_code = "nothing was started", 2  # how a fault's message and the process end
+    go_on = "nothing was started"  # what a message about a fault ends with
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
@@ -855,10 +855,7 @@ class Run:
             fixed = {k for k in changed if k not in free and not k.endswith("_interval")}
         wrong = "; ".join(text for name, text in changed.items() if name in fixed)
         if wrong:
-            fail(
-                f"it cannot go on, {wrong}: leave that out"
-                + ", or fork a checkpoint" * self.resumed
-            )
+            fail(f"what the run was made with cannot change: {wrong}; leave that out, or fork")
         what = self.dir if self.resumed else f"a fork of {args.fork_from}, step {args.fork_step}"
         if changed or not self.resumed:
             say(f"{what}: {'; '.join(changed.values()) or 'as it was'}")
@@ -887,11 +884,12 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=self.args.resume)
         except FileExistsError:
             fail(f"{self.dir} is being started by another process")
+        except OSError as error:
+            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
         self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
         self.lock.acquire()
         where = f"--runs-dir {self.args.runs_dir} --run-name {self.dir.name}"
         Run.go_on = f"python {Path(sys.argv[0]).name} {where} --resume goes on from its last state"
-        Run.exit_code = 1
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
         sizes = self.saved["log_sizes"] if self.resumed else {}
@@ -980,7 +978,11 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail(f"interrupted; {Run.go_on}", code=130)
+    except zipfile.BadZipFile as error:
+        fail(error)
     except filelock.Timeout as error:
         fail(f"another process is at work on this run: {error.lock_file}")
-    except (OSError, MemoryError, torch.OutOfMemoryError, zipfile.BadZipFile) as error:
-        fail(f"{type(error).__name__}: {error}; {Run.go_on}", code=Run.exit_code)
+    except OSError as error:
+        fail(f"{error}; {Run.go_on}", code=1)
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)

@@ -121,7 +121,9 @@ class Args:
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
         path = os.fsencode(Path(self.runs_dir, self.run_name))
         if re.search(r"[/\\]|^\.\.?$", self.run_name) or re.search(rb"[^/]{200}", path):
-            raise ValueError("--run-name and parts of --runs-dir must be names of up to 200 bytes")
+            raise ValueError(
+                "--run-name: no slash; it and each part of --runs-dir: under 200 bytes"
+            )
 
 
 MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code
@@ -825,7 +827,7 @@ class Run:
     goes on. The event files are on disk before the state that counts on them, and are cut back to
     the sizes that it remembers, so that they show every point once."""
 
-    go_on, exit_code = "nothing was started", 2  # how a fault's message and the process end
+    go_on = "nothing was started"  # what a message about a fault ends with
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
@@ -877,10 +879,7 @@ class Run:
             fixed = {k for k in changed if k not in free and not k.endswith("_interval")}
         wrong = "; ".join(text for name, text in changed.items() if name in fixed)
         if wrong:
-            fail(
-                f"it cannot go on, {wrong}: leave that out"
-                + ", or fork a checkpoint" * self.resumed
-            )
+            fail(f"what the run was made with cannot change: {wrong}; leave that out, or fork")
         what = self.dir if self.resumed else f"a fork of {args.fork_from}, step {args.fork_step}"
         if changed or not self.resumed:
             say(f"{what}: {'; '.join(changed.values()) or 'as it was'}")
@@ -909,11 +908,12 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=self.args.resume)
         except FileExistsError:
             fail(f"{self.dir} is being started by another process")
+        except OSError as error:
+            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
         self.lock = filelock.FileLock(self.dir / ".lock", timeout=0, fallback_to_soft=False)
         self.lock.acquire()
         where = f"--runs-dir {self.args.runs_dir} --run-name {self.dir.name}"
         Run.go_on = f"python {Path(sys.argv[0]).name} {where} --resume goes on from its last state"
-        Run.exit_code = 1
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2))
         sizes = self.saved["log_sizes"] if self.resumed else {}
@@ -1002,7 +1002,11 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail(f"interrupted; {Run.go_on}", code=130)
+    except zipfile.BadZipFile as error:
+        fail(error)
     except filelock.Timeout as error:
         fail(f"another process is at work on this run: {error.lock_file}")
-    except (OSError, MemoryError, torch.OutOfMemoryError, zipfile.BadZipFile) as error:
-        fail(f"{type(error).__name__}: {error}; {Run.go_on}", code=Run.exit_code)
+    except OSError as error:
+        fail(f"{error}; {Run.go_on}", code=1)
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)

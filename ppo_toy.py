@@ -748,7 +748,7 @@ def check_ranges(args):
             raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
     path = os.fsencode(Path(args.runs_dir, args.run_name))
     if re.search(r"[/\\]|^\.\.?$", args.run_name) or re.search(rb"[^/]{200}", path):
-        raise ValueError("--run-name and parts of --runs-dir must be names of up to 200 bytes")
+        raise ValueError("--run-name: no slash; it and each part of --runs-dir: under 200 bytes")
 
 
 def check(args):
@@ -835,7 +835,7 @@ COLUMNS = {
 class Run:
     """The folder of a run: args.json, event files for TensorBoard, and checkpoints/STEP.pt."""
 
-    kept, exit_code = "nothing was kept", 2  # how a fault's message and the process end
+    kept = "nothing was kept"  # what a message says that ends the process early
 
     def __init__(self, args):
         task = re.sub(r"[/\\:]", "-", getattr(args, "env_id", "toy"))
@@ -847,7 +847,9 @@ class Run:
             self.dir.mkdir(parents=True)
         except FileExistsError:
             fail(f"{self.dir} exists or was just started: choose another --run-name")
-        Run.kept, Run.exit_code = f"{self.dir} keeps the curves and checkpoints so far", 1
+        except OSError as error:
+            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
+        Run.kept = f"{self.dir} keeps the curves so far"
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         self.writer = SummaryWriter(self.dir)
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
@@ -866,12 +868,15 @@ class Run:
         self.writer.flush()
 
     def save(self, global_step, agent, optimizer):
-        """Write checkpoints/STEP.pt, which capacity.py reads."""
+        """Write checkpoints/STEP.pt, which capacity.py reads, at once or not at all."""
         state = {"script": Path(__file__).stem, "args": asdict(self.args), "obs_stats": {}}
         state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         path = self.dir / "checkpoints" / f"{global_step}.pt"
-        torch.save(state | {"global_step": global_step}, path)
+        torch.save(state | {"global_step": global_step}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        checkpoints = len(list(path.parent.glob("*.pt")))
+        Run.kept = f"{self.dir} keeps the curves so far and {checkpoints} checkpoints"
 
     def close(self):
         self.writer.close()
@@ -898,8 +903,10 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail(f"interrupted; {Run.kept}", code=130)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        fail(f"{type(error).__name__}: {error}; {Run.kept}", code=Run.exit_code)
+    except OSError as error:
+        fail(f"{error}; {Run.kept}", code=1)
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)
     except Exception as error:  # of a task, for example
         traceback.print_exc()
         fail(f"{error!r}; {Run.kept}", code=1)

@@ -107,9 +107,9 @@ BIG = [
     ("--fork-from file --run-name taken", "file"),
     ("--track --capacity-interval 0", "wandb"),
     (f"--capacity-interval 0 --runs-dir {'x' * 300}", "--runs-dir"),
-    ("--capacity-interval 0 --runs-dir file", "nothing was started"),
-    ("--capacity-interval 0 --runs-dir file/deeper", "nothing was started"),
-    ("--capacity-interval 0 --runs-dir /proc/nowhere", "nothing was started"),
+    ("--capacity-interval 0 --runs-dir file", "--runs-dir"),
+    ("--capacity-interval 0 --runs-dir file/deeper", "--runs-dir"),
+    ("--capacity-interval 0 --runs-dir /proc/nowhere", "--runs-dir"),
 ]
 ONE_SCRIPT = [
     ("ppo_mujoco", "--env-id Hoper-v4", "Did you mean: `Hopper`"),

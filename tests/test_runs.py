@@ -124,6 +124,14 @@ def test_interventions_change_training_and_only_if_they_are_on(run, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_target_kl_ends_the_update_after_the_epoch_that_passes_it(run, script):
+    one = run(script, "--learning-rate 0.01 --update-epochs 1", name="one")
+    flags = "--learning-rate 0.01 --update-epochs 3"
+    assert same_weights(one, run(script, f"{flags} --target-kl 1e-9", name="stopped"))
+    assert not same_weights(one, run(script, flags, name="three"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_compiled_and_eager_agree(run, script):
     eager, compiled = (
         run(script, "--capacity-interval 0", name="eager"),

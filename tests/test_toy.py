@@ -360,7 +360,7 @@ def test_ctrl_c_says_what_was_kept(tmp_path):
     process.send(signal.SIGINT)
     process.wait()
     assert process.returncode == 130 and "Traceback" not in process.stderr
-    kept = f"{folder} keeps the curves and checkpoints so far"
+    kept = f"{folder} keeps the curves so far and {len(checkpoints(folder))} checkpoints"
     assert f"ppo_toy.py: error: interrupted; {kept}\n" in process.stderr
     steps = [step for step, _ in read_scalars(folder)["charts/SPS"]]
     assert max(steps) >= max(checkpoints(folder))
@@ -370,5 +370,5 @@ def test_a_task_that_crashes(tmp_path):
     flags = f"{SHORT} --env-id Later-v0 --snapshot-interval 0.5 --runs-dir {tmp_path} --run-name a"
     ended = call("ppo_toy", flags, prepare=crash)
     assert ended.returncode == 1 and "in step" in ended.stderr
-    kept = f"{tmp_path / 'a'} keeps the curves and checkpoints so far"
+    kept = f"{tmp_path / 'a'} keeps the curves so far and 2 checkpoints"
     assert f"error: RuntimeError('the joint came off'); {kept}\n" in ended.stderr
