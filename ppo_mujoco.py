@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -997,6 +998,7 @@ def never_fail(stream):
 if __name__ == "__main__":
     never_fail(sys.stdout)
     never_fail(sys.stderr)
+    threading.excepthook = lambda _: None  # the log has a thread; its fault ends main() as well
     tqdm.get_lock()  # takes a moment, in which Ctrl-C would break tqdm
     try:
         main()

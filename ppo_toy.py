@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -899,6 +900,7 @@ def never_fail(stream):
 if __name__ == "__main__":
     never_fail(sys.stdout)
     never_fail(sys.stderr)
+    threading.excepthook = lambda _: None  # the log has a thread; its fault ends main() as well
     try:
         main()
     except KeyboardInterrupt:
