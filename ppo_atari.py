@@ -627,7 +627,7 @@ def read_state(path):
     """The state in a file. Raises BadZipFile if it is damaged; exits if it is no state of ours."""
     try:
         if not Path(path).is_file():
-            raise FileNotFoundError("there is no such file")
+            fail(f"there is no file {path}")
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError("a checksum is wrong")
