@@ -291,8 +291,33 @@ def test_forks_are_drawn_by_themselves(execute, tmp_path):
     assert "'cure' is drawn under Forks (fork: action_logprob=sampled)" in said
     assert list(names.by_arm()) == ["no intervention"] and names.branches == {"plain": ["cure"]}
     assert names.events.loc["cure", "arm"] == "fork: action_logprob=sampled"
+    assert names.verdicts.index.tolist() == ["cure"] and "above in 0 of 1, p = 1 (one" in said
     whole = names.whole_history("cure", names.runs)
     assert whole.index.tolist() == TABLE.index.tolist()  # its parent's curves come first
+
+
+def test_the_verdict_on_a_fork(notebook):
+    def run(curve, fork_step=0, **flags):
+        steps = np.arange(len(curve)) * 25_000 + fork_step + 25_000
+        table = pd.DataFrame({"charts/episodic_return": curve}, index=steps)
+        path = {"fork_from": "runs/plain/checkpoints/1.pt", "fork_step": fork_step}
+        return ARGS | (path if fork_step else {}) | flags, table
+
+    parent = [0.0] * 5 + [100.0] * 95 + [20.0] * 60 + [90.0] * 40  # falls after 2.5 million steps
+    runs = {
+        "plain": run(parent),
+        "early": run([500.0] * 37 + [50.0] * 3, 1_000_000),  # its end alone: 50 against 100
+        "long": run([50.0] * 100, 1_000_000),  # ends where its parent is at 20
+        "rescue": run([0.0] * 37 + [50.0] * 3, 4_000_000),  # its parent had 20 then, and 90 later
+        "silent": run([50.0] * 37 + [np.nan] * 3, 1_000_000),  # no episode ended
+    }
+    rows = {name: notebook.verdict(name, runs) for name in list(runs)[1:]}
+    keys = ("rescue", "return", "against", "above")
+    assert [rows["early"][key] for key in keys] == [False, 50, 100, False]
+    assert [rows["long"][key] for key in keys] == [False, 50, 20, True]
+    assert [rows["rescue"][key] for key in keys] == [True, 50, 20, True]
+    assert not rows["silent"]["above"]
+    assert (rows["early"]["parent"], rows["early"]["from step"]) == ("plain", 1_000_000)
 
 
 def test_odd_files_are_named_and_the_rest_is_drawn(execute, tmp_path):
