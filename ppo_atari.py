@@ -131,9 +131,7 @@ class Args:
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
         path = os.fsencode(Path(self.runs_dir, self.run_name))
         if re.search(r"[/\\]|^\.\.?$", self.run_name) or re.search(rb"[^/]{200}", path):
-            raise ValueError(
-                "--run-name: no slash; it and each part of --runs-dir: under 200 bytes"
-            )
+            raise ValueError("--run-name: no slash; it and each part of --runs-dir under 200 bytes")
 
 
 class Outputs(NamedTuple):
@@ -151,7 +149,7 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
-        self.action_dim, self.pfo_layers = envs.action_dim, args.pfo_layers
+        self.action_dim, self.hold_all = envs.action_dim, args.pfo_layers == "all"
         self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
 
         def trunk():  # without the last activation: what it puts out are preactivations
@@ -200,8 +198,7 @@ class Agent(nn.Module):
         if self.critic_trunk is not self.actor_trunk:
             critic = self.preactivations(self.critic_trunk, x)
         values = self.critic_head(self.activation(critic[-1])).squeeze(-1)
-        last = self.pfo_layers == "last"
-        held = actor[-1] if last else torch.cat([x.flatten(1) for x in actor], 1)
+        held = torch.cat([x.flatten(1) for x in actor], 1) if self.hold_all else actor[-1]
         return Outputs(self.policy(actor[-1]), values, actor[-1], critic[-1], held)
 
     def noise(self, num_steps, num_envs, generator=None):
@@ -366,18 +363,12 @@ def ratio_stats(logratio, clip_coef):
     [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
     ratio = logratio.double().exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
-    stats = {
-        "ratio_mean_above": ratio[above].mean(),
-        "ratio_mean_below": ratio[below].mean(),
-        "ratio_max": ratio.max(),
-        "ratio_min": ratio.min(),
-    }
+    stats = {"ratio_mean_above": ratio[above].mean(), "ratio_mean_below": ratio[below].mean()}
+    stats |= {"ratio_max": ratio.max(), "ratio_min": ratio.min()}
     stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
-    return stats | {
-        "ratio_excess": stats["ratio_mean_above"] / stats["ratio_mean_below"],
-        "frac_above": above.double().mean().item(),
-        "frac_below": below.double().mean().item(),
-    }
+    stats["ratio_excess"] = stats["ratio_mean_above"] / stats["ratio_mean_below"]
+    shares = {"frac_above": above.double().mean(), "frac_below": below.double().mean()}
+    return stats | {name: x.item() for name, x in shares.items()}
 
 
 @torch.no_grad()
@@ -647,9 +638,8 @@ class Envs:
     next. Seed and actions give a game back exactly, so a state holds no more of it. Observations
     (E, 4, 84, 84) uint8 are the last four frames, zeros before a game's first."""
 
-    obs_stats, simulator = {}, "ale-py"
-
     def __init__(self, args, num_envs, stream, obs_stats=None):
+        self.obs_stats, self.simulator = {}, "ale-py"
         gym.register_envs(ale_py)
         games = [name for name in gym.registry if re.fullmatch(r"ALE/\w+-v5", name)]
         if args.env_id not in games:
@@ -696,9 +686,8 @@ class Envs:
 
     def start(self, which):
         """Start the games of the mask `which` (E,) from their seeds: the observations of all."""
-        options = {"reset_mask": which}
         with self.blamed():
-            self.obs, info = self.envs.reset(seed=self.seeds[which], options=options)
+            self.obs, info = self.envs.reset(seed=self.seeds[which], options={"reset_mask": which})
         self.lives = info["lives"]
         return self.obs.copy()
 
@@ -728,11 +717,9 @@ class Envs:
         over = terminations & ~(life_lost & self.episodic_life) | out_of_time
         truncations = out_of_time & ~terminations
         self.finished += zip(self.returns[over].tolist(), lengths[over].tolist())
-        next_obs, final_obs = self.obs.copy(), list(self.obs[terminations | truncations])
-        if over.any():
-            next_obs = self.start_next(over)
-        if self.sign_reward:
-            rewards = np.sign(rewards)
+        final_obs = list(self.obs[terminations | truncations])
+        next_obs = self.start_next(over) if over.any() else self.obs.copy()
+        rewards = np.sign(rewards) if self.sign_reward else rewards
         return next_obs, rewards, terminations, truncations, final_obs
 
     def collect(self, agent, num_steps, seed):
@@ -742,12 +729,11 @@ class Envs:
         index = torch.zeros(num_steps, 4, dtype=torch.int64)
         n, next_obs, device = 0, self.reset(), next(agent.parameters()).device
         generator, num_envs = torch.Generator().manual_seed(seed), len(self.seeds)
-        stacks = [None] * num_envs
         for noise in agent.noise(-(-num_steps // num_envs), num_envs, generator):
             for i in range(min(num_envs, num_steps - n)):
                 n += 1
-                stacks[i] = [*stacks[i][1:], n] if self.actions[i] else [0, 0, 0, n]
-                frames[n], index[n - 1] = torch.from_numpy(next_obs[i, -1]), torch.tensor(stacks[i])
+                stack = [n - k * num_envs if k <= len(self.actions[i]) else 0 for k in (3, 2, 1, 0)]
+                frames[n], index[n - 1] = torch.from_numpy(next_obs[i, -1]), torch.tensor(stack)
             actions = agent.sample(torch.from_numpy(next_obs).to(device), noise.to(device))
             next_obs, *_ = self.step(actions.cpu().numpy())
         return frames, index
@@ -788,16 +774,6 @@ class Envs:
         return self.obs.copy()
 
 
-COLUMNS = {
-    "return": "charts/episodic_return",
-    "actor rank": "representation/actor/pca_rank",
-    "dead": "representation/actor/dead_neurons",
-    "norm": "representation/actor/preactivation_norm",
-    "ratio below": "trust_region/ratio_mean_below",
-    "capacity": "capacity/actor",
-}
-
-
 class Run:
     """The folder of a run: a lock, args.json, event files for TensorBoard, and states.
     A state (latest.pt, and those kept as checkpoints/STEP.pt) holds all that decides how the run
@@ -805,15 +781,21 @@ class Run:
     the sizes that it remembers, so that they show every point once."""
 
     go_on = "nothing was started"  # what a message about a fault ends with
+    columns = {  # of the rows in the terminal
+        "return": "charts/episodic_return",
+        "actor rank": "representation/actor/pca_rank",
+        "dead": "representation/actor/dead_neurons",
+        "norm": "representation/actor/preactivation_norm",
+        "ratio below": "trust_region/ratio_mean_below",
+        "capacity": "capacity/actor",
+    }
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
         if args.resume and not args.run_name:
             fail("--resume needs the --run-name of the run to go on with")
-        self.saved = self.newest_state() if args.resume else None
-        self.resumed = self.saved is not None
-        if args.fork_from and not self.resumed:
-            self.saved = read_state(args.fork_from)
+        self.resumed = self.newest_state() if args.resume else None  # its own state, or None
+        self.saved = self.resumed or (read_state(args.fork_from) if args.fork_from else None)
         self.args = self.inherit(args) if self.saved else args
         check(self.args)
         name = f"{self.args.env_id}__{Path(__file__).stem}__{self.args.seed}__{int(time.time())}"
@@ -866,7 +848,7 @@ class Run:
         """Bring all parts to the saved state or reset them, open the folder: next_obs and step."""
         self.agent, self.optimizer, self.envs = agent, optimizer, envs
         device = torch.cuda.get_device_name() if next(agent.parameters()).is_cuda else "CPU"
-        versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", Envs.simulator)]
+        versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", envs.simulator)]
         self.versions = ", ".join([device, f"{torch.get_num_threads()} threads", *versions])
         step = self.saved["global_step"] if self.saved else 0
         try:
@@ -904,17 +886,16 @@ class Run:
             self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, step)
         self.save(step, [f"checkpoints/{step}.pt"] * (not self.resumed) + ["latest.pt"])
         tqdm.write(f"{self.dir} from step {step} on")
-        tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
+        tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in self.columns))
         return next_obs, step
 
     def restore(self, agent, optimizer, envs, obs_stats, rng, args, versions, scalars, **_):
-        """Bring all parts to where a state left them: the next observations (E, ...)."""
+        """Bring all parts to where a state left them, Adam's settings aside: the next obs."""
         if versions != self.versions:
             say(f"not bit for bit from here on: it was {versions}, and is {self.versions}")
         reseeded, self.scalars = args["seed"] != self.args.seed, scalars
         self.agent.load_state_dict(agent)
-        settings = self.optimizer.state_dict()  # learning rate and betas are those of the flags
-        self.optimizer.load_state_dict(settings | {"state": optimizer["state"]})
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer["state"]})
         next_obs = self.envs.load_state_dict(envs, obs_stats, reseeded)
         if not reseeded:
             torch.set_rng_state(rng)
@@ -922,13 +903,12 @@ class Run:
 
     def log(self, scalars, step, row=False):
         """Write the dict {"group": {"name": number}}, what is not finite as NaN; print a `row`."""
-        for group, part in scalars.items():
-            for name, value in part.items():
-                value = float(value) if math.isfinite(value) else math.nan
-                self.scalars[f"{group}/{name}"] = value
-                self.writer.add_scalar(f"{group}/{name}", value, step)
+        flat = {f"{group}/{name}": x for group, part in scalars.items() for name, x in part.items()}
+        for tag, value in flat.items():
+            self.scalars[tag] = float(value) if math.isfinite(value) else math.nan
+            self.writer.add_scalar(tag, self.scalars[tag], step)
         if row:
-            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
+            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in self.columns.values())
             tqdm.write(f"{step:12,}" + "".join(cells))
 
     def save(self, global_step, names):

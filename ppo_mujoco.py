@@ -47,7 +47,6 @@ Few = Annotated[int, (1, 4096)]
 Count = Annotated[int, (1, 1_000_000)]
 Steps = Annotated[int, (1, 10**12)]
 Seed = Annotated[int, (0, 2**32 - 1)]
-Threads = Annotated[int, (0, 256)]
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium task with a flat Box observation and a bounded Box action
     seed: Seed = 1  # of every random generator (the paper: 25, 7, 64, 27, 4)
     total_timesteps: Steps = 5_000_000  # environment steps of the run, whole iterations of them
-    torch_threads: Threads = 1  # CPU threads; one is fastest; 0: torch's choice
+    torch_threads: Annotated[int, (0, 256)] = 1  # CPU threads; one is fastest; 0: torch's choice
     cuda: bool = True  # use a CUDA device where there is one
     compile: bool = False  # compile the gradient step: up to twice as fast after about a minute
     runs_dir: str = "runs"  # folder that holds the runs
@@ -122,9 +121,7 @@ class Args:
                 raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
         path = os.fsencode(Path(self.runs_dir, self.run_name))
         if re.search(r"[/\\]|^\.\.?$", self.run_name) or re.search(rb"[^/]{200}", path):
-            raise ValueError(
-                "--run-name: no slash; it and each part of --runs-dir: under 200 bytes"
-            )
+            raise ValueError("--run-name: no slash; it and each part of --runs-dir under 200 bytes")
 
 
 MAX_TANH = np.float32(1 - 1e-6)  # of a clamped action, in the authors' code
@@ -139,11 +136,6 @@ class Outputs(NamedTuple):
     actor_preactivations: torch.Tensor  # (B, D) of the last hidden layer
     critic_preactivations: torch.Tensor  # (B, D) of the last hidden layer
     held: torch.Tensor  # (B, K), the preactivations of the actor that PFO holds
-
-
-def log_tanh_slope(u):
-    """log(1 - tanh(u)^2), exact also where tanh(u) rounds to 1."""
-    return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 def numpy_layer(layer):
@@ -162,7 +154,7 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
-        self.action_dim, self.pfo_layers = envs.action_dim, args.pfo_layers
+        self.action_dim, self.hold_all = envs.action_dim, args.pfo_layers == "all"
         self.squash, self.state_std = args.policy == "tanh_normal", args.policy_std == "state"
         self.clamped = self.squash and args.action_logprob == "clamped"
         self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
@@ -210,8 +202,7 @@ class Agent(nn.Module):
         if not self.state_std:
             policy = torch.cat([policy, self.actor_raw_scale.expand_as(policy)], -1)
         values = self.critic_head(self.activation(critic[-1])).squeeze(-1)
-        last = self.pfo_layers == "last"
-        held = actor[-1] if last else torch.cat([x.flatten(1) for x in actor], 1)
+        held = torch.cat([x.flatten(1) for x in actor], 1) if self.hold_all else actor[-1]
         return Outputs(policy, values, actor[-1], critic[-1], held)
 
     def noise(self, num_steps, num_envs, generator=None):
@@ -245,8 +236,8 @@ class Agent(nn.Module):
         loc, scale = self.normal(policy)
         z = (actions - loc) / scale
         logprob = -0.5 * z.square() - scale.log() - math.log(2 * math.pi) / 2
-        if self.squash:
-            logprob = logprob - log_tanh_slope(actions)
+        if self.squash:  # less log(1 - tanh(u)^2), exact also where tanh(u) rounds to 1
+            logprob = logprob - 2 * (math.log(2) - actions - F.softplus(-2 * actions))
         return logprob.sum(-1)
 
     def entropy(self, policy):
@@ -410,18 +401,12 @@ def ratio_stats(logratio, clip_coef):
     [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
     ratio = logratio.double().exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
-    stats = {
-        "ratio_mean_above": ratio[above].mean(),
-        "ratio_mean_below": ratio[below].mean(),
-        "ratio_max": ratio.max(),
-        "ratio_min": ratio.min(),
-    }
+    stats = {"ratio_mean_above": ratio[above].mean(), "ratio_mean_below": ratio[below].mean()}
+    stats |= {"ratio_max": ratio.max(), "ratio_min": ratio.min()}
     stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
-    return stats | {
-        "ratio_excess": stats["ratio_mean_above"] / stats["ratio_mean_below"],
-        "frac_above": above.double().mean().item(),
-        "frac_below": below.double().mean().item(),
-    }
+    stats["ratio_excess"] = stats["ratio_mean_above"] / stats["ratio_mean_below"]
+    shares = {"frac_above": above.double().mean(), "frac_below": below.double().mean()}
+    return stats | {name: x.item() for name, x in shares.items()}
 
 
 @torch.no_grad()
@@ -486,12 +471,10 @@ def main():
     # Setup
     run = Run(tyro.cli(Args))  # a new one, one that is resumed, or a fork
     args = run.args
-    batch_size = args.num_envs * args.num_steps
-    steps_per_iteration = batch_size
+    batch_size = steps_per_iteration = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // steps_per_iteration
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
-    torch.backends.cudnn.deterministic = True
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
     target = Agent(envs, args).to(device)  # the random network that the capacity loss fits
@@ -679,8 +662,6 @@ class Envs:
     Seed and actions give an episode back exactly, so a state holds no more of it. Observations
     (E, D) are standardised and end with the time feature."""
 
-    simulator = "mujoco"
-
     def __init__(self, args, num_envs, stream, obs_stats=None):
         gym.logger.min_level = gym.logger.ERROR  # no advice to move on from v4
         try:
@@ -695,6 +676,7 @@ class Envs:
         self.low, self.high = space.low, space.high
         low, high = space.low / 2, space.high / 2  # so that their sum does not overflow
         self.middle, self.half_width = high + low, high - low
+        self.simulator = "mujoco"
         self.squash, self.limit = args.policy == "tanh_normal", self.envs[0].spec.max_episode_steps
         self.obs_dim, self.action_dim = obs_space.shape[0] + bool(self.limit), space.shape[0]
         self.rng = np.random.default_rng([args.seed, stream])
@@ -703,9 +685,7 @@ class Envs:
         self.actions = [[] for _ in range(num_envs)]  # of the episodes that go on
         self.finished = []  # (return, length) of the episodes that ended since the last log
         self.raw_obs = np.zeros((num_envs, obs_space.shape[0]))
-        if obs_stats is None:
-            obs_stats = self.random_stats(args.obs_norm_steps)
-        self.obs_stats = obs_stats
+        self.obs_stats = self.random_stats(args.obs_norm_steps) if obs_stats is None else obs_stats
         self.obs_mean, self.obs_std = self.obs_stats["mean"].numpy(), self.obs_stats["std"].numpy()
 
     def random_stats(self, num_steps):
@@ -732,10 +712,9 @@ class Envs:
 
     def advance(self, i, action):
         """One step of environment i: reward, terminated, truncated."""
-        self.actions[i].append(action)
+        self.actions[i].append(action.copy())  # a task may scale what it is given in place
         try:
-            outcome = self.envs[i].step(action.copy())  # a task may scale it in place
-            self.raw_obs[i], reward, terminated, truncated, _ = outcome
+            self.raw_obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
             reward = reward.item() if isinstance(reward, np.ndarray) else float(reward)
         except Exception as error:
             self.crash(i, error)
@@ -812,16 +791,6 @@ class Envs:
         return self.observe()
 
 
-COLUMNS = {
-    "return": "charts/episodic_return",
-    "actor rank": "representation/actor/pca_rank",
-    "dead": "representation/actor/dead_neurons",
-    "norm": "representation/actor/preactivation_norm",
-    "ratio below": "trust_region/ratio_mean_below",
-    "capacity": "capacity/actor",
-}
-
-
 class Run:
     """The folder of a run: a lock, args.json, event files for TensorBoard, and states.
     A state (latest.pt, and those kept as checkpoints/STEP.pt) holds all that decides how the run
@@ -829,15 +798,21 @@ class Run:
     the sizes that it remembers, so that they show every point once."""
 
     go_on = "nothing was started"  # what a message about a fault ends with
+    columns = {  # of the rows in the terminal
+        "return": "charts/episodic_return",
+        "actor rank": "representation/actor/pca_rank",
+        "dead": "representation/actor/dead_neurons",
+        "norm": "representation/actor/preactivation_norm",
+        "ratio below": "trust_region/ratio_mean_below",
+        "capacity": "capacity/actor",
+    }
 
     def __init__(self, args):
         self.dir, self.scalars = Path(args.runs_dir, args.run_name), {}  # last value of each tag
         if args.resume and not args.run_name:
             fail("--resume needs the --run-name of the run to go on with")
-        self.saved = self.newest_state() if args.resume else None
-        self.resumed = self.saved is not None
-        if args.fork_from and not self.resumed:
-            self.saved = read_state(args.fork_from)
+        self.resumed = self.newest_state() if args.resume else None  # its own state, or None
+        self.saved = self.resumed or (read_state(args.fork_from) if args.fork_from else None)
         self.args = self.inherit(args) if self.saved else args
         check(self.args)
         name = f"{self.args.env_id}__{Path(__file__).stem}__{self.args.seed}__{int(time.time())}"
@@ -890,7 +865,7 @@ class Run:
         """Bring all parts to the saved state or reset them, open the folder: next_obs and step."""
         self.agent, self.optimizer, self.envs = agent, optimizer, envs
         device = torch.cuda.get_device_name() if next(agent.parameters()).is_cuda else "CPU"
-        versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", Envs.simulator)]
+        versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", envs.simulator)]
         self.versions = ", ".join([device, f"{torch.get_num_threads()} threads", *versions])
         step = self.saved["global_step"] if self.saved else 0
         try:
@@ -928,17 +903,16 @@ class Run:
             self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, step)
         self.save(step, [f"checkpoints/{step}.pt"] * (not self.resumed) + ["latest.pt"])
         tqdm.write(f"{self.dir} from step {step} on")
-        tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
+        tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in self.columns))
         return next_obs, step
 
     def restore(self, agent, optimizer, envs, obs_stats, rng, args, versions, scalars, **_):
-        """Bring all parts to where a state left them: the next observations (E, ...)."""
+        """Bring all parts to where a state left them, Adam's settings aside: the next obs."""
         if versions != self.versions:
             say(f"not bit for bit from here on: it was {versions}, and is {self.versions}")
         reseeded, self.scalars = args["seed"] != self.args.seed, scalars
         self.agent.load_state_dict(agent)
-        settings = self.optimizer.state_dict()  # learning rate and betas are those of the flags
-        self.optimizer.load_state_dict(settings | {"state": optimizer["state"]})
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer["state"]})
         next_obs = self.envs.load_state_dict(envs, obs_stats, reseeded)
         if not reseeded:
             torch.set_rng_state(rng)
@@ -946,13 +920,12 @@ class Run:
 
     def log(self, scalars, step, row=False):
         """Write the dict {"group": {"name": number}}, what is not finite as NaN; print a `row`."""
-        for group, part in scalars.items():
-            for name, value in part.items():
-                value = float(value) if math.isfinite(value) else math.nan
-                self.scalars[f"{group}/{name}"] = value
-                self.writer.add_scalar(f"{group}/{name}", value, step)
+        flat = {f"{group}/{name}": x for group, part in scalars.items() for name, x in part.items()}
+        for tag, value in flat.items():
+            self.scalars[tag] = float(value) if math.isfinite(value) else math.nan
+            self.writer.add_scalar(tag, self.scalars[tag], step)
         if row:
-            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
+            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in self.columns.values())
             tqdm.write(f"{step:12,}" + "".join(cells))
 
     def save(self, global_step, names):

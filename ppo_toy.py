@@ -97,18 +97,12 @@ def ratio_stats(logratio, clip_coef):
     [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
     ratio = logratio.double().exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
-    stats = {
-        "ratio_mean_above": ratio[above].mean(),
-        "ratio_mean_below": ratio[below].mean(),
-        "ratio_max": ratio.max(),
-        "ratio_min": ratio.min(),
-    }
+    stats = {"ratio_mean_above": ratio[above].mean(), "ratio_mean_below": ratio[below].mean()}
+    stats |= {"ratio_max": ratio.max(), "ratio_min": ratio.min()}
     stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
-    return stats | {
-        "ratio_excess": stats["ratio_mean_above"] / stats["ratio_mean_below"],
-        "frac_above": above.double().mean().item(),
-        "frac_below": below.double().mean().item(),
-    }
+    stats["ratio_excess"] = stats["ratio_mean_above"] / stats["ratio_mean_below"]
+    shares = {"frac_above": above.double().mean(), "frac_below": below.double().mean()}
+    return stats | {name: x.item() for name, x in shares.items()}
 
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
@@ -160,29 +154,24 @@ def two_states(args, alpha, phi, theta):
     return simulate(features, trunk, head, [0, 0], torch.ones(2), [0, 1] * args.epochs, args)
 
 
-def print_two_states(alpha, ratios, clipped):
-    """One line per step: whose sample, whether it was clipped, and what each ratio did."""
-    print(f"alpha = {alpha:g}: ratios pi(a1|s) / pi_old(a1|s) of x and y")
-    print(" step  sample            x         y    moved")
-    for step, was_clipped in enumerate(clipped):
-        sample, other = "xy" if step % 2 == 0 else "yx"
-        then, now = ratios[step], ratios[step + 1]
-        moves = [f"{s} {now[i] - then[i]:+.4f}" for i, s in enumerate("xy") if now[i] != then[i]]
-        moved, clip, why = "  ".join(moves), "", f"{other} moved by {sample}'s gradient"
-        if was_clipped:
-            moved, clip, why = "nothing", "clipped", f"at its limit: no gradient from {sample}"
-        print(f"{step:5}  {sample} {clip:9}{now[0]:9.4f} {now[1]:9.4f}    {moved} ({why})")
-    print(f"final ratios: x {ratios[-1, 0]:.3f}, y {ratios[-1, 1]:.3f}\n")
-
-
 def figure_5(run, args):
-    """The two-state toy: a table and curves for each alpha."""
+    """The two-state toy: for each alpha curves, and a table with a line per step: whose sample,
+    whether it was clipped, and what each ratio did."""
     generator = np.random.default_rng(args.seed)
     phi, theta = generator.normal(), generator.normal(size=2).tolist()
     phi, theta = phi if args.phi is None else args.phi, args.theta or theta
     for alpha in args.alpha:
         ratios, clipped = two_states(args, alpha, phi, theta)
-        print_two_states(alpha, ratios, clipped)
+        print(f"alpha = {alpha:g}: ratios pi(a1|s) / pi_old(a1|s) of x and y")
+        print(" step  sample            x         y    moved")
+        for step, (then, now) in enumerate(zip(ratios, ratios[1:])):
+            sample, other = "xy" if step % 2 == 0 else "yx"
+            moves = [f"{s} {b - a:+.4f}" for s, a, b in zip("xy", then, now) if a != b]
+            moved, clip, why = "  ".join(moves), "", f"{other} moved by {sample}'s gradient"
+            if clipped[step]:
+                moved, clip, why = "nothing", "clipped", f"at its limit: no gradient from {sample}"
+            print(f"{step:5}  {sample} {clip:9}{now[0]:9.4f} {now[1]:9.4f}    {moved} ({why})")
+        print(f"final ratios: x {ratios[-1, 0]:.3f}, y {ratios[-1, 1]:.3f}\n")
         for step, (x, y) in enumerate(ratios.tolist()):
             run.log({f"toy/alpha={alpha:g}": {"ratio_x": x, "ratio_y": y}}, step)
 
@@ -322,7 +311,7 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
-        self.action_dim, self.pfo_layers = envs.action_dim, args.pfo_layers
+        self.action_dim, self.hold_all = envs.action_dim, args.pfo_layers == "all"
         self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
 
         def trunk():  # without the last activation: what it puts out are preactivations
@@ -360,8 +349,7 @@ class Agent(nn.Module):
             critic = self.preactivations(self.critic_trunk, obs)
         policy = self.actor_head(self.activation(actor[-1])).log_softmax(-1)
         values = self.critic_head(self.activation(critic[-1])).squeeze(-1)
-        last = self.pfo_layers == "last"
-        held = actor[-1] if last else torch.cat([x.flatten(1) for x in actor], 1)
+        held = torch.cat([x.flatten(1) for x in actor], 1) if self.hold_all else actor[-1]
         return Outputs(policy, values, actor[-1], critic[-1], held)
 
     def noise(self, num_steps, num_envs, generator=None):
@@ -576,12 +564,10 @@ def capacity_loss(agent, args, frames, index, target_policies, target_values, ad
 def train(args):
     # Setup
     check(args)
-    batch_size = args.num_envs * args.num_steps
-    steps_per_iteration = batch_size
+    batch_size = steps_per_iteration = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // steps_per_iteration
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
-    torch.backends.cudnn.deterministic = True
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
     target = Agent(envs, args).to(device)  # the random network that the capacity loss fits
@@ -612,7 +598,7 @@ def train(args):
         run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
     log_time, log_iteration = time.perf_counter(), 0
     tqdm.write(f"{run.dir} from step 0 on")
-    tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in COLUMNS))
+    tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in run.columns))
     bar = tqdm(total=num_iterations * steps_per_iteration, unit=" steps", dynamic_ncols=True)
     for iteration in range(1, num_iterations + 1):
         logging, scalars = due(args.log_interval, iteration, num_iterations), {}
@@ -823,20 +809,18 @@ class Envs:
         return torch.from_numpy(np.concatenate(states)[:num_steps]), torch.arange(num_steps)
 
 
-COLUMNS = {
-    "return": "charts/episodic_return",
-    "actor rank": "representation/actor/pca_rank",
-    "dead": "representation/actor/dead_neurons",
-    "norm": "representation/actor/preactivation_norm",
-    "ratio below": "trust_region/ratio_mean_below",
-    "capacity": "capacity/actor",
-}
-
-
 class Run:
     """The folder of a run: args.json, event files for TensorBoard, and checkpoints/STEP.pt."""
 
     kept = "nothing was kept"  # what a message says that ends the process early
+    columns = {  # of the rows in the terminal
+        "return": "charts/episodic_return",
+        "actor rank": "representation/actor/pca_rank",
+        "dead": "representation/actor/dead_neurons",
+        "norm": "representation/actor/preactivation_norm",
+        "ratio below": "trust_region/ratio_mean_below",
+        "capacity": "capacity/actor",
+    }
 
     def __init__(self, args):
         task = re.sub(r"[/\\:]", "-", getattr(args, "env_id", "toy"))
@@ -858,13 +842,12 @@ class Run:
 
     def log(self, scalars, step, row=False):
         """Write the dict {"group": {"name": number}}, what is not finite as NaN; print a `row`."""
-        for group, part in scalars.items():
-            for name, value in part.items():
-                value = float(value) if math.isfinite(value) else math.nan
-                self.scalars[f"{group}/{name}"] = value
-                self.writer.add_scalar(f"{group}/{name}", value, step)
+        flat = {f"{group}/{name}": x for group, part in scalars.items() for name, x in part.items()}
+        for tag, value in flat.items():
+            self.scalars[tag] = float(value) if math.isfinite(value) else math.nan
+            self.writer.add_scalar(tag, self.scalars[tag], step)
         if row:
-            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in COLUMNS.values())
+            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in self.columns.values())
             tqdm.write(f"{step:12,}" + "".join(cells))
         self.writer.flush()
 

@@ -422,5 +422,5 @@ def test_the_memory_of_36000_capacity_states():
     data = script.capacity_target(agent, frames, torch.cat([index[:512], index[-2048:]]))
     script.capacity_loss(agent, args, *data)
     assert memory("VmHWM") - before < 1e9
-    held = torch.zeros(10**9, dtype=torch.uint8).fill_(1)  # and the measure would see a GB
-    assert memory("VmHWM") - before > len(held)
+    torch.zeros(13 * 10**8, dtype=torch.uint8).fill_(1)  # and the measure would see a GB, though
+    assert memory("VmHWM") - before > 1e9  # some of what was there before may have been freed
