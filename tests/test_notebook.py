@@ -526,10 +526,11 @@ def test_the_notebook_runs_head_to_tail_on_the_kept_histories(tmp_path, monkeypa
     executed = nbformat.from_dict(json.loads(json.dumps(NOTEBOOK)))
     NotebookClient(executed, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 12
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 13
     said = [output for output in outputs if output.output_type == "stream"]
     assert [output.name for output in said] == ["stdout"] * 2  # no warnings
-    assert "No forks" in said[0].text and "No checkpoints" in said[1].text
+    assert "action_logprob=sampled: above in 5 of 5, p = 0.031" in said[0].text
+    assert "No checkpoints" in said[1].text
 
 
 def test_the_stored_notebook_is_small_and_holds_its_outputs():
@@ -551,4 +552,4 @@ def test_the_stored_notebook_is_small_and_holds_its_outputs():
     assert not re.search(r"/(root|home|tmp|work|Users)\b|Traceback|Warning|\bnan \[", said)
     texts = [cell.source for cell in NOTEBOOK.cells if "**Look for**" in cell.source]
     seen = [text for text in texts if "*In the kept runs*" in text or "*Here*" in text]
-    assert len(texts) - len(seen) == 2  # Forks (there are none yet) and the closed-form mechanism
+    assert len(texts) - len(seen) == 1  # the closed-form mechanism
