@@ -890,7 +890,7 @@ class Run:
         return next_obs, step
 
     def restore(self, agent, optimizer, envs, obs_stats, rng, args, versions, scalars, **_):
-        """Bring all parts to where a state left them, Adam's settings to the flags': the next obs."""
+        """Bring all parts to where a state left them; Adam's settings are the flags': next_obs."""
         if versions != self.versions:
             say(f"not bit for bit from here on: it was {versions}, and is {self.versions}")
         reseeded, self.scalars = args["seed"] != self.args.seed, scalars
