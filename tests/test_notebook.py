@@ -530,6 +530,7 @@ def test_the_notebook_runs_head_to_tail_on_the_kept_histories(tmp_path, monkeypa
     said = [output for output in outputs if output.output_type == "stream"]
     assert [output.name for output in said] == ["stdout"] * 2  # no warnings
     assert "action_logprob=sampled: above in 5 of 5, p = 0.031" in said[0].text
+    assert "sampled after the fall: above in 5 of 5, p = 0.031" in said[0].text
     assert "No checkpoints" in said[1].text
 
 
