@@ -214,9 +214,10 @@ def test_every_arm_has_a_name(notebook):
         {"adam_beta1": 0.5},
         {"reward_keep_prob": 0.1},
         {"action_logprob": "sampled"},
+        {"policy": "gaussian"},
     ]
     names = {notebook.arm(ARGS | flags) for flags in arms}
-    assert len(names) == 10 and "no intervention" not in names
+    assert len(names) == 11 and "no intervention" not in names
     assert notebook.arm(ARGS | {"pfo_coef": 1.0}) == "PFO 1"
     off = {"env_id": "ALE/Phoenix-v5", "pfo_layers": "all", "adam_beta1": 0.9}
     assert notebook.arm(ARGS) == notebook.arm(off) == notebook.arm({}) == "no intervention"
