@@ -329,7 +329,7 @@ def feature_ranks(features):
         return dict.fromkeys(names, math.nan)
     if features.count_nonzero() == 0:
         return dict.fromkeys(names, 0.0)
-    sigma = torch.linalg.svdvals(features.double().cpu())  # CUDA's is slower
+    sigma = torch.linalg.svdvals(features.double())
     p = sigma / sigma.sum()
     variance = sigma**2 / (sigma**2).sum()
     ranks = (
