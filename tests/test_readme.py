@@ -1,5 +1,5 @@
 """What the README and the notebook tell people to type is what the scripts accept, and the changes
-that the README shows ("Change it") work."""
+that the README ("Change it") and the page on Atari show work."""
 
 import importlib.util
 import math
@@ -66,7 +66,8 @@ def test_files_that_the_readme_shows_exist():
 def changes():
     """(script, diff) of each ```diff block below a line <!-- change: SCRIPT.py ... -->."""
     block = r"<!-- change: ([\w. ]+) -->\n+```diff\n(.*?)```"
-    found = re.findall(block, README, re.DOTALL)
+    text = README + (ROOT / ".results/atari.md").read_text()
+    found = re.findall(block, text, re.DOTALL)
     return [(x.removesuffix(".py"), diff) for names, diff in found for x in names.split()]
 
 
