@@ -10,7 +10,7 @@ from conftest import SMALL, call, fault_at, read_scalars, same_scalars, same_wei
 
 CUDA = torch.device("cuda")
 BATCH = 64
-torch.backends.cudnn.deterministic = True  # as main() has them: convolutions take TF32 else
+torch.backends.cudnn.deterministic = True  # as main() has it, and no TF32, torch's default
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
