@@ -318,6 +318,9 @@ def test_the_verdict_on_a_fork(notebook):
     assert [rows["long"][key] for key in keys] == [False, 50, 20, True]
     assert [rows["rescue"][key] for key in keys] == [True, 50, 20, True]
     assert not rows["silent"]["above"]
+    beyond = {"plain": run([50.0] * 40), "beyond": run([80.0] * 40, 1_000_000)}
+    row = notebook.verdict("beyond", beyond)  # its parent ended where it began
+    assert [row[key] for key in keys] == [False, 80, 50, True]
     assert (rows["early"]["parent"], rows["early"]["from step"]) == ("plain", 1_000_000)
 
 
