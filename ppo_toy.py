@@ -1,13 +1,19 @@
-"""The smallest places to see PPO's trust region break (arXiv 2405.00662).
+"""PPO's trust region and how it breaks, from two states to a training run (arXiv 2405.00662).
 
-    python ppo_toy.py                       # section 3.2.1, Figure 5: two states in one dimension
-    python ppo_toy.py --states 16           # many states: the ratios against the features' rank
-    python ppo_toy.py train                 # a complete PPO on CartPole-v1, with every diagnostic
-    python ppo_toy.py train --pfo-coef 1    # the same with PFO, equation 2
+    python ppo_toy.py           # section 3.2.1, Figure 5: tables for two states, in seconds
+    python ppo_toy.py train     # PPO learns CartPole-v1 (return 500), in half a minute
 
-The toy comes first, from `ToyArgs` to `toy`. Then comes the PPO of ppo_mujoco.py for discrete
-actions, without observation statistics and time in the observation, and without `--resume`: a run
-takes seconds to three minutes. A reader may stop at the end of `main`.
+The collapse, in three to five minutes: the rank of the features falls, neurons die, and then the
+return falls. With `--pfo-coef 1` (equation 2) it does not:
+
+    python ppo_toy.py train --env-id Acrobot-v1 --activation relu --width 32 --learning-rate 1e-2 \
+        --max-grad-norm 10 --update-epochs 80 --total-timesteps 400000 --compile --seed 25
+
+The first half of this file is the paper's example with two states, the second half a complete PPO
+for discrete actions, written as in a textbook. ppo_mujoco.py and ppo_atari.py have the same
+diagnostics and interventions. They keep the parameters of a network in one vector, which is faster,
+and can resume and fork a run. You can stop reading at the end of `main`: the diagnostics follow,
+then everything that keeps a run.
 """
 
 import contextlib
@@ -18,7 +24,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -32,202 +37,84 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-# Types of flags with their least and greatest value
+# Types of flags with their smallest and largest value
 Fraction = Annotated[float, (0, 1)]
 Decay = Annotated[float, (0, 1 - 1e-6)]
 Coefficient = Annotated[float, (0, 1e6)]
 Positive = Annotated[float, (1e-12, 1e6)]
-Few = Annotated[int, (1, 4096)]
-Count = Annotated[int, (1, 1_000_000)]
-Steps = Annotated[int, (1, 10**12)]
-Seed = Annotated[int, (0, 2**32 - 1)]
+Count = Annotated[int, (1, 10**12)]
 
 
 @dataclass
 class ToyArgs:
-    """The two-state toy of arXiv 2405.00662, section 3.2.1 (Figure 5); with --states its
-    generalisation to many states and ranks. A complete PPO: python ppo_toy.py train --help."""
+    """Two states (arXiv 2405.00662, Figure 5): how a gradient step on one state changes the
+    probability ratio of the other. For the complete PPO: ppo_toy.py train --help"""
 
-    # Both toys
-    epochs: Annotated[int, (1, 1000)] = 10  # passes over the states, one state per step (Table 1)
-    learning_rate: Coefficient = 0.0  # SGD's; 0: 1.5 (Table 1), with --states 0.05
-    clip_coef: Positive = 0.1  # epsilon of PPO-Clip (Table 1)
-    seed: Seed = 1  # of what is drawn; the repetitions of --num-seeds count up from it
-    runs_dir: str = "runs"  # folder that holds the runs
-    run_name: str = ""  # the run's folder within --runs-dir; empty: toy, script, seed and time
-
-    # Two states, x and y, with features phi(x) and phi(y) = alpha phi(x)
-    alpha: Annotated[tuple[float, ...], (-1000, 1000)] = (3.0, -1.0)  # phi(y) / phi(x)
-    # theta_1 and theta_2 at the start, of the logits theta_i phi(s); not given: standard normal
-    theta: Annotated[tuple[float, float] | None, (-1000, 1000)] = None
-    phi: Annotated[float | None, (-1000, 1000)] = None  # phi(x); not given: standard normal
-
-    # Many states
-    states: Annotated[int, (0, 256)] = 0  # states of the generalised toy; 0: the two-state toy
-    dim: Few = 16  # dimensions of its features
-    actions: Annotated[int, (2, 256)] = 4  # actions of its policy
-    # ranks that its features have in turn; not given: 1 to --dim
-    features_rank: Annotated[tuple[int, ...], (1, 256)] = ()
-    num_seeds: Annotated[int, (2, 10_000)] = 20  # repetitions that a row of its table averages over
-    learn_features: bool = False  # learn its features too, without PFO and with it
-    pfo_coef: Coefficient = 1.0  # of PFO, with --learn-features
-
-    def __post_init__(self):
-        check_ranges(self)
-        self.learning_rate = self.learning_rate or (0.05 if self.states else 1.5)
-        if not self.alpha:
-            raise ValueError("--alpha needs at least one value")
-        if (self.features_rank or self.learn_features) and not self.states:
-            raise ValueError("--features-rank and --learn-features need --states, 16 for example")
-        if self.states and self.states < self.dim:
-            raise ValueError(f"--states {self.states} is less than --dim {self.dim}")
-        if max(self.features_rank, default=1) > self.dim:
-            raise ValueError(f"--features-rank {self.features_rank} is more than --dim {self.dim}")
-
-
-@torch.no_grad()
-def ratio_stats(logratio, clip_coef):
-    """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
-
-    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
-    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
-    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
-    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
-    ratio = logratio.double().exp()
-    above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
-    stats = {"ratio_mean_above": ratio[above].mean(), "ratio_mean_below": ratio[below].mean()}
-    stats |= {"ratio_max": ratio.max(), "ratio_min": ratio.min()}
-    stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
-    stats["ratio_excess"] = stats["ratio_mean_above"] / stats["ratio_mean_below"]
-    shares = {"frac_above": above.double().mean(), "frac_below": below.double().mean()}
-    return stats | {name: x.item() for name, x in shares.items()}
-
-
-def pfo_loss(preactivations, old_preactivations, reduction="mean"):
-    """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
-    The equation has a "sum" over K; the published coefficients belong to the "mean" over it."""
-    value = (preactivations - old_preactivations).square().mean()
-    return value if reduction == "mean" else value * preactivations.shape[1]
-
-
-def simulate(inputs, trunk, head, actions, advantages, order, args, learn_trunk=False, pfo_coef=0):
-    """PPO-Clip with SGD, one state per step, as in Appendix C.
-
-    inputs (n, i), trunk (i, d), head (d, k): the features are inputs @ trunk, the logits features @
-    head. State s has one sampled action `actions[s]` with `advantages[s]`; `order` (T,) is the
-    state of each step. The head is learned, the trunk only with `learn_trunk`. Returns the ratios
-    before each step and after the last (T + 1, n), and for each step whether its sample was
-    clipped, so that it gave no gradient (T,)."""
-    head = head.clone().requires_grad_()
-    trunk = trunk.clone().requires_grad_(learn_trunk)
-    optimizer = torch.optim.SGD([head, trunk] if learn_trunk else [head], args.learning_rate)
-    states = torch.arange(len(inputs))
-    ratios, clipped = [], []
-    for step, s in enumerate(order):
-        features = inputs @ trunk
-        logprobs = (features @ head).log_softmax(-1)[states, actions]
-        if step == 0:
-            old_features, old_logprobs = features.detach(), logprobs.detach()
-        ratio = (logprobs - old_logprobs).exp()
-        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        ratios.append(ratio.detach())
-        clipped.append(bool(clipped_ratio[s] * advantages[s] < ratio[s] * advantages[s]))
-        loss = -torch.min(ratio[s] * advantages[s], clipped_ratio[s] * advantages[s])
-        if pfo_coef:
-            loss = loss + pfo_coef * pfo_loss(features[s : s + 1], old_features[s : s + 1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        logprobs = (inputs @ trunk @ head).log_softmax(-1)[states, actions]
-        ratios.append((logprobs - old_logprobs).exp())
-    return torch.stack(ratios), clipped
+    # values of phi(y) / phi(x)
+    alpha: Annotated[tuple[float, ...], (-1e3, 1e3)] = (3.0, -2.0, -1.0)
+    # theta_1 and theta_2 before the first step
+    theta: Annotated[tuple[float, float], (-1e3, 1e3)] = (0.51526, -0.44138)
+    phi: Annotated[float, (-1e3, 1e3)] = 0.11631  # feature phi(x)
+    epochs: Count = 10  # gradient steps on each state
+    learning_rate: Positive = 1.5  # learning rate of SGD
+    clip_coef: Positive = 0.1  # epsilon of PPO-Clip
+    runs_dir: str = "runs"  # folder that holds all runs
+    run_name: str = ""  # name of the run's folder; empty: made from flags and time
 
 
 def two_states(args, alpha, phi, theta):
-    """Figure 5: states x and y with features phi and alpha phi, logits theta_i phi(s), action a1
-    with advantage 1, x on even steps and y on odd ones. Returns what `simulate` returns."""
-    features = torch.tensor([[phi], [alpha * phi]], dtype=torch.float64)
-    trunk, head = torch.eye(1, dtype=torch.float64), torch.tensor([theta], dtype=torch.float64)
-    return simulate(features, trunk, head, [0, 0], torch.ones(2), [0, 1] * args.epochs, args)
+    """PPO-Clip with SGD on the states x and y, with one sample per gradient step (Appendix C).
 
+    The features are phi(x) = phi and phi(y) = alpha phi, the logits theta_i phi(s). The sample is
+    x in even steps and y in odd steps, always with the action a1 and the advantage 1. Returns the
+    ratios pi(a1|s) / pi_old(a1|s) of x and y, before each step and after the last one (T + 1, 2),
+    and for each step whether its sample was clipped and gave no gradient (list of T)."""
+    features = torch.tensor([phi, alpha * phi], dtype=torch.float64)
+    theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], args.learning_rate)
 
-def figure_5(run, args):
-    """The two-state toy: for each alpha curves, and a table with a line per step: whose sample,
-    whether it was clipped, and what each ratio did."""
-    generator = np.random.default_rng(args.seed)
-    phi, theta = generator.normal(), generator.normal(size=2).tolist()
-    phi, theta = phi if args.phi is None else args.phi, args.theta or theta
-    for alpha in args.alpha:
-        ratios, clipped = two_states(args, alpha, phi, theta)
-        print(f"alpha = {alpha:g}: ratios pi(a1|s) / pi_old(a1|s) of x and y")
-        print(" step  sample            x         y    moved")
-        for step, (then, now) in enumerate(zip(ratios, ratios[1:])):
-            sample, other = "xy" if step % 2 == 0 else "yx"
-            moves = [f"{s} {b - a:+.4f}" for s, a, b in zip("xy", then, now) if a != b]
-            moved, clip, why = "  ".join(moves), "", f"{other} moved by {sample}'s gradient"
-            if clipped[step]:
-                moved, clip, why = "nothing", "clipped", f"at its limit: no gradient from {sample}"
-            print(f"{step:5}  {sample} {clip:9}{now[0]:9.4f} {now[1]:9.4f}    {moved} ({why})")
-        print(f"final ratios: x {ratios[-1, 0]:.3f}, y {ratios[-1, 1]:.3f}\n")
-        for step, (x, y) in enumerate(ratios.tolist()):
-            run.log({f"toy/alpha={alpha:g}": {"ratio_x": x, "ratio_y": y}}, step)
+    def probs():  # pi(a1|x) and pi(a1|y)
+        logits = features.outer(theta)
+        return logits.softmax(dim=1)[:, 0]
 
-
-def random_states(args, rank, seed):
-    """What `simulate` takes first: n states whose d-dimensional features have the given rank.
-
-    The features are the first `rank` columns of a random orthogonal matrix, scaled to a mean
-    squared norm of 1: orthonormal if the rank is n, collinear if it is 1. Each state has an action
-    sampled from the policy and a standard normal advantage."""
-    generator = torch.Generator().manual_seed(seed)
-    n, dim = args.states, args.dim
-    normal = torch.randn(n, n, generator=generator, dtype=torch.float64)
-    inputs = torch.linalg.qr(normal)[0][:, :dim]
-    trunk = torch.diag((torch.arange(dim) < rank).double() * math.sqrt(n / rank))
-    head = torch.randn(dim, args.actions, generator=generator, dtype=torch.float64) / math.sqrt(dim)
-    probs = (inputs @ trunk @ head).softmax(-1)
-    actions = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-    advantages = torch.randn(n, generator=generator, dtype=torch.float64)
-    epochs = [torch.randperm(n, generator=generator) for _ in range(args.epochs)]
-    return inputs, trunk, head, actions, advantages, torch.cat(epochs).tolist()
-
-
-def ratios_by_rank(run, args):
-    """The generalised toy: mean ratios beyond the limits, one row and one point per rank."""
-    ranks, arms = args.features_rank or range(1, args.dim + 1), {"fixed features": {}}
-    if args.learn_features:  # with full rank as a control
-        ranks, pfo = sorted({*ranks, args.dim}), {"pfo_coef": args.pfo_coef}
-        arms = {"learned features": {}, f"learned, PFO {args.pfo_coef:g}": pfo}
-    keys = ("ratio_mean_above", "ratio_mean_below")
-    print(f"{'':24}rank  " + "".join(f"{key:>28}" for key in keys))
-    for arm, pfo in arms.items():
-        for rank in ranks:
-            rows = []
-            for seed in range(args.seed, args.seed + args.num_seeds):
-                toy = random_states(args, rank, seed)
-                ratios, _ = simulate(*toy, args, args.learn_features, **pfo)
-                stats = ratio_stats(ratios[-1].log(), args.clip_coef)
-                rows.append([stats[key] for key in keys])
-            values = torch.tensor(rows, dtype=torch.float64)  # NaN: no ratio beyond its limit
-            mean, count = values.nanmean(0), (~values.isnan()).sum(0)
-            error = ((values - mean).square().nansum(0) / (count - 1) / count).sqrt()
-            cells = (f"{m:18.4f} +- {e:6.4f}" for m, e in zip(mean, error))
-            print(f"{arm:24}{rank:4}  " + "".join(cells))
-            run.log({f"toy/{arm}": dict(zip(keys, mean))}, rank)
+    old_probs = probs().detach()
+    ratios, clipped = [], []
+    for step in range(2 * args.epochs):
+        ratio = probs() / old_probs
+        ratios.append(ratio.detach())
+        r = ratio[step % 2]
+        clipped_r = r.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        loss = -torch.min(r, clipped_r)  # the advantage is 1
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        clipped.append(bool(clipped_r < r))
+    ratios.append((probs() / old_probs).detach())
+    return torch.stack(ratios), clipped
 
 
 def toy(args):
-    """Figure 5, or with --states its generalisation, in a folder of its own."""
-    torch.set_num_threads(1)  # twenty times faster than more, where the machine is busy
+    """Print a table for each alpha, with a row per gradient step, and log the ratios."""
+    check_ranges(args)
     run = Run(args)
-    ratios_by_rank(run, args) if args.states else figure_5(run, args)
+    for alpha in args.alpha:
+        ratios, clipped = two_states(args, alpha, args.phi, args.theta)
+        print(f"alpha = {alpha:g}: ratios pi(a1|s) / pi_old(a1|s) of x and y, after each step")
+        print("step  sample    ratio of x  ratio of y    change of x  change of y")
+        for step, after in enumerate(ratios[1:]):
+            change = after - ratios[step]
+            cells = "{:14.4f}{:12.4f}{:+15.4f}{:+13.4f}".format(*after, *change)
+            print(f"{step:4}  {'xy'[step % 2]}{cells}" + "  clipped" * clipped[step])
+        print(f"final ratios: x {ratios[-1, 0]:.3f}, y {ratios[-1, 1]:.3f}\n")
+        for step, (x, y) in enumerate(ratios.tolist()):
+            run.log({f"toy/alpha={alpha:g}": {"ratio_x": x, "ratio_y": y}}, step)
     run.close()
 
 
-# From here on: the smallest complete PPO
+# The second half: a complete PPO
 
 
 @dataclass
@@ -236,74 +123,68 @@ class Args:
     Intervals are fractions of the whole run, rounded to whole iterations; 0 switches off."""
 
     # Experiment
-    env_id: str = "CartPole-v1"  # Gymnasium task with a flat Box observation, Discrete actions
-    seed: Seed = 1  # of every random generator (the paper: 25, 7, 64, 27, 4)
-    total_timesteps: Steps = 100_000  # environment steps of the run, whole iterations of them
-    torch_threads: Annotated[int, (0, 256)] = 1  # CPU threads; one is fastest; 0: torch's choice
-    cuda: bool = True  # use a CUDA device where there is one
-    compile: bool = False  # compile the gradient step: up to twice as fast after about a minute
-    runs_dir: str = "runs"  # folder that holds the runs
-    run_name: str = ""  # the run's folder within --runs-dir; empty: task, script, seed and time
+
+    env_id: str = "CartPole-v1"  # Gymnasium task with flat Box observations and Discrete actions
+    seed: Annotated[int, (0, 2**32 - 1)] = 1  # seed of all random generators
+    total_timesteps: Count = 100_000  # environment steps, rounded down to whole iterations
+    torch_threads: Annotated[int, (0, 256)] = 1  # CPU threads (1 is fastest; 0: torch chooses)
+    compile: bool = False  # compile the gradient computation, which takes half a minute
+    runs_dir: str = "runs"  # folder that holds all runs
+    run_name: str = ""  # name of the run's folder; by default made from task, flags, seed and time
 
     # PPO
-    learning_rate: Positive = 1e-3  # Adam's
+
+    learning_rate: Positive = 1e-3  # learning rate of Adam
     anneal_lr: bool = False  # lower the learning rate linearly to 0 over the run
-    num_envs: Few = 8  # environments
+    num_envs: Count = 8  # number of environments
     num_steps: Count = 128  # steps per environment and iteration
     gamma: Fraction = 0.99  # discount factor
-    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
+    gae_lambda: Fraction = 0.95  # lambda of GAE (1 gives Monte-Carlo returns)
     minibatch_size: Count = 128  # samples per gradient step; an epoch drops an incomplete minibatch
-    update_epochs: Few = 10  # epochs per batch (the paper: 10, 15, 20; on Atari 4, 6, 8)
+    update_epochs: Count = 10  # epochs per batch (the paper: 10, 15, 20; on Atari 4, 6, 8)
     clip_coef: Positive = 0.2  # epsilon of PPO-Clip
     ent_coef: Coefficient = 0.0  # coefficient of the entropy bonus; 0 disables
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
-    max_grad_norm: Positive = 0.5  # of actor and critic each; of both as one with --share-trunk
-    target_kl: Coefficient = 0.0  # no further epoch after a larger approximate KL; 0 disables
-    time_limit: Literal["terminate", "bootstrap"] = "bootstrap"  # returns end there, or go on
-    activation: Literal["tanh", "relu"] = "tanh"  # of both networks
-    width: Few = 64  # units of the hidden layers
+    # clip the gradient of each network to this norm (of both together with --share-trunk)
+    max_grad_norm: Positive = 0.5
+    target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0 disables
+    # at a time limit, end the return or bootstrap it with the value
+    time_limit: Literal["terminate", "bootstrap"] = "bootstrap"
+    activation: Literal["tanh", "relu"] = "tanh"  # activation of both networks
+    width: Count = 64  # number of units in each hidden layer
 
     # Interventions
-    pfo_coef: Coefficient = 0.0  # of PFO, equation 2 (the paper: 1; 10 with relu); 0 disables
-    pfo_layers: Literal["last", "all"] = "last"  # hidden layers whose preactivations PFO holds
-    pfo_reduction: Literal["mean", "sum"] = "mean"  # over dimensions: the authors', equation 2's
-    share_trunk: bool = False  # one trunk for actor and critic
-    reset_adam: bool = False  # forget Adam's moments after every batch
+
+    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; with relu 10); 0 disables
+    pfo_coef: Coefficient = 0.0
+    pfo_layers: Literal["last", "all"] = "last"  # hidden layers that PFO regularises
+    pfo_reduction: Literal["mean", "sum"] = "mean"  # over units: mean (authors' code), sum (eq. 2)
+    share_trunk: bool = False  # use one trunk for actor and critic
+    reset_adam: bool = False  # reset Adam's moments after every batch
     adam_beta1: Decay = 0.9  # decay of Adam's first moment
     adam_beta2: Decay = 0.999  # decay of Adam's second moment (the paper's intervention: 0.9)
     reward_keep_prob: Fraction = 1.0  # probability of keeping a reward (Figure 35: 0.1); 1 disables
 
     # Diagnostics
-    log_interval: Fraction = 0.001  # between two points of the curves
-    capacity_interval: Fraction = 0.025  # between two fits of the capacity loss
-    capacity_steps: Count = 2000  # states that it is fitted to
-    capacity_envs: Few = 8  # environments that collect them
-    capacity_epochs: Few = 4  # epochs of a fit
-    capacity_data: Literal["target", "initial"] = "target"  # who collects: it, or the first agent
-    snapshot_interval: Fraction = 0.025  # between two checkpoints that are kept
 
-    def __post_init__(self):
-        check_ranges(self)
+    log_interval: Fraction = 0.001  # interval between two points of the curves
+    capacity_interval: Fraction = 0.025  # interval between two fits of the capacity loss
+    capacity_steps: Count = 2000  # number of states per fit of the capacity loss
+    capacity_envs: Count = 8  # number of environments that collect these states
+    capacity_epochs: Count = 4  # epochs per fit
+    # agent that collects these states: the target network or the run's initial agent
+    capacity_data: Literal["target", "initial"] = "target"
+    snapshot_interval: Fraction = 0.025  # interval between two checkpoints
 
 
 class Outputs(NamedTuple):
-    """What the networks say of observations (B, ...)."""
+    """What the networks compute for a batch of observations."""
 
     policy: torch.Tensor  # (B, P), as Agent describes it
     values: torch.Tensor  # (B,)
-    actor_preactivations: torch.Tensor  # (B, D) of the last hidden layer
-    critic_preactivations: torch.Tensor  # (B, D) of the last hidden layer
-    held: torch.Tensor  # (B, K), the preactivations of the actor that PFO holds
-
-
-def numpy_layer(layer):
-    """A layer as a function of NumPy arrays (B, D); one not known here goes through torch."""
-    if type(layer) is nn.Linear and layer.bias is not None:
-        weight, bias = (p.detach().cpu().numpy() for p in (layer.weight, layer.bias))
-        return lambda x: x @ weight.T + bias
-    known = {nn.Tanh: np.tanh, nn.ReLU: lambda x: np.maximum(x, 0)}
-    layer = copy.deepcopy(layer).cpu()
-    return known.get(type(layer), lambda x: layer(torch.from_numpy(x)).detach().numpy())
+    actor_preactivations: torch.Tensor  # (B, D), of the last hidden layer
+    critic_preactivations: torch.Tensor  # (B, D), of the last hidden layer
+    pfo_preactivations: torch.Tensor  # (B, K), the actor's preactivations that PFO regularises
 
 
 class Agent(nn.Module):
@@ -311,10 +192,10 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
-        self.action_dim, self.hold_all = envs.action_dim, args.pfo_layers == "all"
+        self.pfo_all_layers = args.pfo_layers == "all"
         self.activation = nn.Tanh() if args.activation == "tanh" else nn.ReLU()
 
-        def trunk():  # without the last activation: what it puts out are preactivations
+        def trunk():  # the last activation is left out, so that a trunk returns preactivations
             return nn.Sequential(
                 nn.Linear(envs.obs_dim, args.width),
                 self.activation,
@@ -322,51 +203,37 @@ class Agent(nn.Module):
             )
 
         self.actor_trunk = trunk()
-        self.actor_head = nn.Linear(args.width, self.action_dim)
-        self.critic_trunk = trunk()
-        if args.share_trunk:
-            self.critic_trunk = self.actor_trunk
+        self.actor_head = nn.Linear(args.width, envs.action_dim)
+        self.critic_trunk = self.actor_trunk if args.share_trunk else trunk()
         self.critic_head = nn.Linear(args.width, 1)
-        # Gradients are clipped per group: actor and critic each on its own, or all as one
-        named = list(self.named_parameters())
-        networks = [""] if args.share_trunk else ["actor", "critic"]
-        self.groups = [[p for name, p in named if name.startswith(x)] for x in networks]
-        assert sum(map(len, self.groups)) == len(named), "name parameters actor_... or critic_..."
+        # Gradients are clipped per group: actor and critic separately, or both together
+        actor = [p for name, p in self.named_parameters() if name.startswith("actor")]
+        critic = [p for name, p in self.named_parameters() if not name.startswith("actor")]
+        self.groups = [actor + critic] if args.share_trunk else [actor, critic]
+        self.eval()  # only gradient steps use the training mode, for layers where it matters
 
     def preactivations(self, trunk, x):
-        """What stands before each activation of a trunk, and what it puts out, first to last."""
+        """The inputs of the trunk's activations, and its output, in order."""
         outputs = []
         for layer in trunk:
-            if layer is self.activation:
+            if layer.__module__ == nn.Tanh.__module__:  # any activation of torch.nn
                 outputs.append(x)
             x = layer(x)
         return [*outputs, x]
 
     def forward(self, obs):
         """obs (B, D) -> Outputs."""
-        actor = critic = self.preactivations(self.actor_trunk, obs)
-        if self.critic_trunk is not self.actor_trunk:
-            critic = self.preactivations(self.critic_trunk, obs)
+        actor = self.preactivations(self.actor_trunk, obs)
+        critic = self.preactivations(self.critic_trunk, obs)
         policy = self.actor_head(self.activation(actor[-1])).log_softmax(-1)
         values = self.critic_head(self.activation(critic[-1])).squeeze(-1)
-        held = torch.cat([x.flatten(1) for x in actor], 1) if self.hold_all else actor[-1]
-        return Outputs(policy, values, actor[-1], critic[-1], held)
+        pfo = torch.cat(actor, 1) if self.pfo_all_layers else actor[-1]
+        return Outputs(policy, values, actor[-1], critic[-1], pfo)
 
-    def noise(self, num_steps, num_envs, generator=None):
-        """(T, E, A) standard Gumbel numbers, what `numpy_actor` needs to sample."""
-        exponential = torch.empty(num_steps, num_envs, self.action_dim)
-        return -exponential.exponential_(generator=generator).log().numpy()
-
-    def numpy_actor(self):
-        """The actor in NumPy, (obs (E, D), noise (E, A)) -> actions (E,); faster than torch."""
-        layers = [numpy_layer(x) for x in (*self.actor_trunk, self.activation, self.actor_head)]
-
-        def act(x, noise):
-            for layer in layers:
-                x = layer(x)
-            return (x + noise).argmax(-1)  # the largest logit + Gumbel noise samples the policy
-
-        return act
+    @torch.no_grad()
+    def sample(self, obs):
+        """Actions (E,) for obs (E, D), sampled from the policy."""
+        return torch.multinomial(self(obs).policy.exp(), 1).squeeze(1)
 
     def log_prob(self, policy, actions):
         """(B,) log-probabilities of the actions (B,)."""
@@ -377,8 +244,11 @@ class Agent(nn.Module):
         return -(policy.exp() * policy).sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other)."""
-        return (policy.exp() * (policy - other)).sum(-1)
+        """(B,) KL(policy || other), in float64. The sum of q - p is 0 but for rounding; with it,
+        each term is at least 0, and near policies lose no digits."""
+        policy = policy.double()
+        other = other.double()
+        return (policy.exp() * (policy - other) - policy.exp() + other.exp()).sum(-1)
 
     def policy_stats(self, policy, actions):
         """What is logged as policy/NAME: variance over states of each probability, and entropy."""
@@ -386,82 +256,231 @@ class Agent(nn.Module):
 
 
 def make_optimizer(agent, args):
-    """Adam over one vector (P,) that holds all parameters of the agent, which become views of it.
-    One clipping and one step instead of one per tensor: an eighth of an eager gradient step, two
-    fifths of a compiled one. The price: one learning rate for all."""
-    parameters = [p for group in agent.groups for p in group]
-    vector = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    for p, part in zip(parameters, vector.detach().split([p.numel() for p in parameters])):
-        p.data = part.view_as(p)
+    """Adam on the parameters in the agent's groups."""
     betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.Adam([vector], args.learning_rate, betas, eps=1e-8, fused=True), vector
+    return torch.optim.Adam(sum(agent.groups, []), args.learning_rate, betas, fused=True)
+
+
+def learning_rate(args, global_step):
+    """The learning rate of the iteration that starts at `global_step`."""
+    progress = global_step / args.total_timesteps if args.anneal_lr else 0.0
+    return args.learning_rate * (1 - progress)
 
 
 @torch.no_grad()
 def evaluate(agent, obs):
-    """The Outputs for `obs` (N, ...), in chunks: never all conv maps in memory at once."""
+    """The Outputs for `obs` (N, ...), computed in chunks, which bounds the memory."""
     return Outputs(*map(torch.cat, zip(*(agent(chunk) for chunk in obs.split(1024)))))
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
 
-    All arguments are (T, E). `next_values` are those of the true next observations, at an episode's
-    end of its last one, and count unless it terminated; nothing passes beyond `dones`."""
+    All arguments are (T, E). `next_values` are the values of the true next observations, at an
+    episode's end of its last one. They are ignored where the episode terminated. No advantage
+    flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
     last = torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + decay[t] * last
+        last = deltas[t] + decay[t] * last
+        advantages[t] = last
     return advantages, advantages + values
 
 
-def shuffled_minibatches(batch, minibatch_size):
-    """One epoch: the tensors (N, ...) of the dict `batch` cut alike into random dicts of (B, ...).
-    Advantages are normalised within each minibatch; an incomplete last one is dropped."""
+def minibatches(batch, minibatch_size):
+    """One epoch: the tensors (N, ...) of the dict `batch`, shuffled together and cut into dicts of
+    minibatches (B, ...). An incomplete last minibatch is dropped."""
     num_minibatches = len(batch["obs"]) // minibatch_size
     order = torch.randperm(len(batch["obs"]))[: num_minibatches * minibatch_size]
     order = order.to(batch["obs"].device, non_blocking=True)
-    parts = {k: x[order].unflatten(0, (num_minibatches, minibatch_size)) for k, x in batch.items()}
-    std, mean = torch.std_mean(parts["advantages"], 1, correction=0, keepdim=True)
-    parts["advantages"] = (parts["advantages"] - mean) / std.clamp_min(1e-6)
-    for minibatch in zip(*parts.values()):
-        yield dict(zip(parts, minibatch))
+    parts = [x[order].unflatten(0, (num_minibatches, minibatch_size)) for x in batch.values()]
+    for minibatch in zip(*parts):
+        yield dict(zip(batch, minibatch))
 
 
-def clipped_gradient(agent, loss, max_grad_norm):
-    """The gradient (P,) of `loss`, clipped per group of the agent, and the norms before that."""
-    gradients = iter(torch.autograd.grad(loss, [p for group in agent.groups for p in group]))
-    parts = [torch.cat([next(gradients).flatten() for _ in group]) for group in agent.groups]
-    norms = [part.norm() for part in parts]
-    scales = [(max_grad_norm / (norm + 1e-6)).clamp_max(1) for norm in norms]
-    return torch.cat([part * scale for part, scale in zip(parts, scales)]), norms
+def pfo_loss(preactivations, old_preactivations, reduction="mean"):
+    """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
+    The equation has a "sum" over K; the published coefficients were used with the "mean"."""
+    value = (preactivations - old_preactivations).square().mean()
+    return value if reduction == "mean" else value * preactivations.shape[1]
 
 
-def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_held):
-    """The clipped gradient (P,) of PPO-Clip's loss (equation 1) with value loss, entropy bonus and
-    PFO on a minibatch, whose tensors all start with (B,). Returns besides it a dict of scalars or
-    (B,), whose means are logged as losses/NAME, and the policies (B, ...)."""
+def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, old_pfo_preactivations):
+    """The loss of PPO-Clip (equation 1) with value loss, entropy bonus and PFO for a minibatch,
+    whose tensors all start with (B,). Also returns a dict of scalars, logged as losses/NAME."""
+    std, mean = torch.std_mean(advantages, correction=0)
+    advantages = (advantages - mean) / std.clamp_min(1e-6)
     new = agent(obs)
     logratio = agent.log_prob(new.policy, actions) - logprobs
     ratio = logratio.clamp(math.log(1e-7), math.log(1e9)).exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     value_loss = args.vf_coef * F.mse_loss(new.values, returns)
-    pfo = pfo_loss(new.held, old_held, args.pfo_reduction)
+    entropy = agent.entropy(new.policy).mean()
+    pfo = pfo_loss(new.pfo_preactivations, old_pfo_preactivations, args.pfo_reduction)
     losses = {"policy_loss": policy_loss, "value_loss": value_loss, "pfo_loss": pfo}
+    losses["entropy"] = entropy
+    losses["old_approx_kl"] = -logratio.mean()  # Schulman, "Approximating KL Divergence"
+    losses["approx_kl"] = (logratio.expm1() - logratio).mean()
+    losses["clipfrac"] = (ratio != clipped_ratio).float().mean()
     loss = policy_loss + value_loss
     if args.ent_coef:
-        loss = loss - args.ent_coef * agent.entropy(new.policy).mean()
-    if args.pfo_coef:  # a term of 0 would be NaN where PFO is infinite
+        loss = loss - args.ent_coef * entropy
+    if args.pfo_coef:  # 0 * inf would be NaN
         loss = loss + args.pfo_coef * pfo
-    gradient, norms = clipped_gradient(agent, loss, args.max_grad_norm)
-    losses |= {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-    logratio = logratio.detach()  # Schulman, "Approximating KL Divergence"
-    losses |= {"old_approx_kl": -logratio, "approx_kl": logratio.expm1() - logratio}
-    losses["clipfrac"] = (ratio != clipped_ratio).float()
-    return gradient, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
+    return loss, {name: x.detach() for name, x in losses.items()}
+
+
+def compute_gradients(agent, args, **minibatch):
+    """Compute the gradients of the loss for a minibatch and clip them per network. Returns the dict
+    of `ppo_loss` with the norms before clipping."""
+    loss, losses = ppo_loss(agent, args, **minibatch)
+    loss.backward()
+    clip = nn.utils.clip_grad_norm_
+    norms = [clip(group, args.max_grad_norm, foreach=False) for group in agent.groups]
+    return losses | {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
+
+
+def train(args):
+    # Setup
+    check(args)
+    batch_size = args.num_steps * args.num_envs
+    num_iterations = args.total_timesteps // batch_size
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    envs = Envs(args, args.num_envs, stream=0)
+    capacity_envs = Envs(args, args.capacity_envs, stream=2)
+    torch.manual_seed(2**32 - 1 - args.seed)  # never equal to the agent's seed
+    target = Agent(envs, args)  # the random network that the capacity loss fits
+    torch.manual_seed(args.seed)
+    agent = Agent(envs, args)
+    optimizer = make_optimizer(agent, args)
+    gradients = compute_gradients
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # compile loss.backward() as well
+        gradients = torch.compile(gradients, fullgraph=True, options={"cpp_wrapper": True})
+    next_obs = envs.reset()
+    global_step = 0
+    run = Run(args)  # makes the run's folder
+    if args.snapshot_interval:
+        run.save(0, agent, optimizer)
+    if args.capacity_interval:
+        collector = target if args.capacity_data == "target" else agent
+        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
+        capacity_data = capacity_target(target, *states)
+        run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
+    titles = "".join(f"{name:>11}" for name in run.columns)
+    tqdm.write(f"{run.dir} from step 0 on\n{'step':>12}{titles}")
+    bar = tqdm(total=num_iterations * batch_size, unit=" steps", dynamic_ncols=True)
+    for iteration in range(1, num_iterations + 1):
+        logging = due(args.log_interval, iteration, num_iterations)
+        start_time = time.perf_counter()
+        scalars = {}
+
+        # Rollout
+        steps = []
+        for _ in range(args.num_steps):
+            obs = torch.from_numpy(next_obs)
+            actions = agent.sample(obs)
+            next_obs, *outcome = envs.step(actions)
+            steps.append((obs, actions, *map(torch.tensor, outcome)))
+        obs, actions, final_obs, rewards, terminations, truncations = map(torch.stack, zip(*steps))
+        if args.reward_keep_prob < 1:
+            kept = envs.mask_rng.random(rewards.shape) < args.reward_keep_prob
+            rewards *= torch.from_numpy(kept)
+        b_obs = obs.flatten(0, 1)
+        b_actions = actions.flatten()
+
+        # Advantages
+        old = evaluate(agent, b_obs)
+        b_logprobs = agent.log_prob(old.policy, b_actions)
+        values = old.values.view_as(rewards)
+        next_values = evaluate(agent, final_obs.flatten(0, 1)).values.view_as(rewards)
+        dones = terminations | truncations
+        terminal = dones if args.time_limit == "terminate" else terminations
+        gae_inputs = rewards, values, next_values, terminal, dones
+        advantages, returns = compute_gae(*gae_inputs, args.gamma, args.gae_lambda)
+
+        # Representation: of the networks that collected the batch
+        if logging:
+            scalars["representation/actor"] = representation(agent, args, "actor", old)
+            scalars["representation/critic"] = representation(agent, args, "critic", old)
+            scalars["policy"] = agent.policy_stats(old.policy, b_actions)
+
+        # PPO update
+        lr = learning_rate(args, global_step)
+        optimizer.param_groups[0]["lr"] = lr
+        batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs}
+        batch |= {"advantages": advantages.flatten(), "returns": returns.flatten()}
+        batch["old_pfo_preactivations"] = old.pfo_preactivations
+        all_losses = []
+        agent.train()
+        for _ in range(args.update_epochs):
+            for minibatch in minibatches(batch, args.minibatch_size):
+                optimizer.zero_grad()
+                losses = gradients(agent, args, **minibatch)
+                optimizer.step()
+                all_losses.append(losses)
+            if args.target_kl and losses["approx_kl"] > args.target_kl:
+                break
+        agent.eval()
+        if args.reset_adam:
+            optimizer.state.clear()
+        global_step += batch_size
+
+        # Trust region: the policy after the update against the one before
+        if logging:
+            new = evaluate(agent, b_obs)
+            logratio = agent.log_prob(new.policy, b_actions) - b_logprobs
+            drift = new.pfo_preactivations, old.pfo_preactivations, args.pfo_reduction
+            scalars["trust_region"] = ratio_stats(logratio, args.clip_coef) | {
+                "kl": agent.kl(old.policy, new.policy).mean(),
+                "preactivation_drift": pfo_loss(*drift),
+            }
+
+        # Capacity loss
+        if due(args.capacity_interval, iteration, num_iterations):
+            scalars["capacity"] = capacity_loss(agent, args, *capacity_data)
+
+        # Logging
+        if logging:
+            speed = batch_size / (time.perf_counter() - start_time)
+            scalars["charts"] = {"learning_rate": lr, "SPS": speed}
+            if envs.finished:
+                means = np.mean(envs.finished, 0)
+                scalars["charts"] |= {"episodic_return": means[0], "episodic_length": means[1]}
+                envs.finished.clear()
+            scalars["losses"] = {k: torch.stack([x[k] for x in all_losses]).mean() for k in losses}
+            scalars["losses"] |= {
+                "policy_objective_last_minibatch": -losses["policy_loss"],
+                "explained_variance": 1 - (returns - values).var() / returns.var(),
+            }
+        run.log(scalars, global_step, row=due(0.025, iteration, num_iterations))
+        bar.update(batch_size)
+
+        # Checkpoint
+        if not all(p.isfinite().all() for p in agent.parameters()):
+            fail(f"parameters are not finite at step {global_step}; {Run.advice}", code=1)
+        if due(args.snapshot_interval, iteration, num_iterations):
+            run.save(global_step, agent, optimizer)
+
+    bar.close()
+    run.close()
+
+
+def main():
+    words = sys.argv[1:]
+    with Envs.cleanup:
+        if words[:1] == ["train"]:
+            train(tyro.cli(Args, prog="ppo_toy.py train", args=words[1:]))
+        elif "--env-id" in words:
+            fail(f"did you mean: ppo_toy.py train {' '.join(words)}")
+        else:
+            toy(tyro.cli(ToyArgs))
+
+
+# Diagnostics and capacity loss: functions that `train` calls by name
 
 
 @torch.no_grad()
@@ -472,8 +491,9 @@ def feature_ranks(features):
     Vetterli 2007), `pca_rank` (Yang et al. 2020; the paper's figures), `srank` (Kumar et al. 2021),
     `feature_rank` (Lyle et al. 2022), `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero
     or empty matrix and NaN if an entry is not finite."""
-    delta, eps = 0.01, torch.finfo(features.dtype).eps
-    rounding = max(10 * eps, 1e-9)  # of the sums, so that ties count exactly
+    delta = 0.01
+    eps = torch.finfo(features.dtype).eps
+    rounding = max(10 * eps, 1e-9)  # tolerance for rounding in the sums, so that exact ties count
     names = ("effective_rank", "pca_rank", "srank", "feature_rank", "torch_rank")
     if not features.isfinite().all():
         return dict.fromkeys(names, math.nan)
@@ -510,7 +530,8 @@ def representation(agent, args, network, outputs):
     states, `weight_norm` is that of all weights and biases."""
     preactivations = getattr(outputs, f"{network}_preactivations")
     features = agent.activation(preactivations)
-    trunk, head = getattr(agent, f"{network}_trunk"), getattr(agent, f"{network}_head")
+    trunk = getattr(agent, f"{network}_trunk")
+    head = getattr(agent, f"{network}_head")
     weights = torch.cat([p.flatten() for p in (*trunk.parameters(), *head.parameters())])
     return feature_ranks(features) | {
         "dead_neurons": dead_neurons(features, args.activation),
@@ -518,6 +539,26 @@ def representation(agent, args, network, outputs):
         "feature_norm": features.norm(dim=1).mean().item(),
         "weight_norm": weights.norm().item(),
     }
+
+
+@torch.no_grad()
+def ratio_stats(logratio, clip_coef):
+    """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
+
+    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
+    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
+    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
+    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
+    ratio = logratio.double().exp().flatten()
+    above = ratio > 1 + clip_coef
+    below = ratio < 1 - clip_coef
+    smallest, largest = ratio.aminmax() if len(ratio) else (ratio.mean(), ratio.mean())
+    stats = {"ratio_mean_above": ratio[above].mean(), "ratio_mean_below": ratio[below].mean()}
+    stats |= {"ratio_max": largest, "ratio_min": smallest}
+    stats = {name: x.clamp(1e-12, 1e12).item() for name, x in stats.items()}
+    stats["ratio_excess"] = stats["ratio_mean_above"] / stats["ratio_mean_below"]
+    shares = {"frac_above": above.double().mean(), "frac_below": below.double().mean()}
+    return stats | {name: x.item() for name, x in shares.items()}
 
 
 @torch.no_grad()
@@ -529,191 +570,54 @@ def capacity_target(target, frames, index):
 
 
 def capacity_loss(agent, args, frames, index, target_policies, target_values, adam_state=None):
-    """What is left of the loss when a copy was fitted to a random target (section 2).
+    """The loss that remains after a copy of the agent was fitted to a random target (section 2).
 
     The actor's loss is the mean KL(target || copy), the critic's the mean squared error. Adam with
-    the run's settings, fresh or from `adam_state`, takes `capacity_epochs` over the data; each fit
-    shuffles alike and touches no other random generator. Returns floats: `actor` and `critic` on
-    all data after the fit, and the same `_last_minibatch` before the last step."""
-    device = target_values.device
+    the run's settings, fresh or from `adam_state`, makes `capacity_epochs` over the data. Every fit
+    uses the same shuffles, from a generator of its own. Returns floats: `actor` and `critic` on all
+    data after the fit, and the same `_last_minibatch` before the last step."""
     copied = copy.deepcopy(agent)
-    optimizer, vector = make_optimizer(copied, args)
+    optimizer = make_optimizer(copied, args)
     if adam_state:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": adam_state})
     generator = torch.Generator().manual_seed(args.seed)
 
     def losses(rows):
-        policies, values = copied(frames[index[rows]].to(device))[:2]
-        rows = rows.to(device)
-        return copied.kl(target_policies[rows], policies), (values - target_values[rows]).square()
+        policies, values = copied(frames[index[rows]])[:2]
+        actor = copied.kl(target_policies[rows], policies).mean()
+        return actor, F.mse_loss(values, target_values[rows])
 
-    full = len(index) // args.minibatch_size * args.minibatch_size
+    copied.train()
     for _ in range(args.capacity_epochs):
-        permutation = torch.randperm(len(index), generator=generator)
-        for rows in permutation[:full].split(args.minibatch_size):
-            actor_last, critic_last = (loss.mean() for loss in losses(rows))
-            vector.grad, _ = clipped_gradient(copied, actor_last + critic_last, args.max_grad_norm)
-            optimizer.step()
-    with torch.no_grad():
-        chunks = [losses(rows) for rows in torch.arange(len(index)).split(1024)]
-    actor, critic = (torch.cat(parts).mean() for parts in zip(*chunks))
-    names = ("actor", "critic", "actor_last_minibatch", "critic_last_minibatch")
-    return {k: x.item() for k, x in zip(names, (actor, critic, actor_last, critic_last))}
-
-
-def train(args):
-    # Setup
-    check(args)
-    batch_size = steps_per_iteration = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // steps_per_iteration
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
-    envs = Envs(args, args.num_envs, stream=0)
-    torch.manual_seed(2**32 - 1 - args.seed)  # an odd sum: never the agent's own seed
-    target = Agent(envs, args).to(device)  # the random network that the capacity loss fits
-    torch.manual_seed(args.seed)
-    agent = Agent(envs, args).to(device)
-    optimizer, vector = make_optimizer(agent, args)
-    gradient = ppo_gradient
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # backward and clipping in the same graph
-        torch._inductor.config.fallback_random = True  # the eager script's random numbers
-        torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
-        gradient = torch.compile(ppo_gradient, fullgraph=True)
-    obs = np.zeros((args.num_steps, args.num_envs, envs.obs_dim), np.float32)
-    actions = np.zeros((args.num_steps, args.num_envs), np.int64)
-    rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
-    terminations, truncations = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
-
-    if args.capacity_interval:
-        capacity_envs = Envs(args, args.capacity_envs, stream=2)
-        collector = target if args.capacity_data == "target" else agent
-        states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
-        capacity_data = capacity_target(target, *states)
-    next_obs, global_step = envs.reset(), 0
-    run = Run(args)  # from here on there is a folder
-    if args.snapshot_interval:
-        run.save(0, agent, optimizer)
-    if args.capacity_interval:
-        run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
-    log_time, log_iteration = time.perf_counter(), 0
-    tqdm.write(f"{run.dir} from step 0 on")
-    tqdm.write(f"{'step':>12}" + "".join(f"{name:>13}" for name in run.columns))
-    bar = tqdm(total=num_iterations * steps_per_iteration, unit=" steps", dynamic_ncols=True)
-    for iteration in range(1, num_iterations + 1):
-        logging, scalars = due(args.log_interval, iteration, num_iterations), {}
-
-        # Rollout: the actor alone; one forward afterwards gives values and log-probabilities
-        act, noise = agent.numpy_actor(), agent.noise(args.num_steps, args.num_envs)
-        final_obs = []
-        for t in range(args.num_steps):
-            obs[t], actions[t] = next_obs, act(next_obs, noise[t])
-            next_obs, rewards[t], terminations[t], truncations[t], ended = envs.step(actions[t])
-            final_obs += ended
-        global_step += steps_per_iteration
-        if args.reward_keep_prob < 1:
-            rewards *= envs.mask_rng.random(rewards.shape) < args.reward_keep_prob
-        b_obs = torch.from_numpy(obs).flatten(0, 1).to(device)
-        b_actions = torch.from_numpy(actions).flatten(0, 1).to(device)
-        last_obs = torch.from_numpy(np.stack([*next_obs, *final_obs])).to(device)
-
-        # Advantages
-        old, last_values = evaluate(agent, b_obs), evaluate(agent, last_obs).values.cpu()
-        b_logprobs = agent.log_prob(old.policy, b_actions)
-        dones = torch.from_numpy(terminations | truncations)
-        terminal = dones if args.time_limit == "terminate" else torch.from_numpy(terminations)
-        values = old.values.view(dones.shape).cpu()
-        next_values = torch.cat([values[1:], last_values[None, : args.num_envs]])
-        next_values[dones] = last_values[args.num_envs :]
-        gae_inputs = torch.from_numpy(rewards), values, next_values, terminal, dones
-        advantages, returns = compute_gae(*gae_inputs, args.gamma, args.gae_lambda)
-        b_advantages, b_returns = advantages.flatten().to(device), returns.flatten().to(device)
-
-        # Representation: of the networks that collected the batch
-        if logging:
-            scalars["representation/actor"] = representation(agent, args, "actor", old)
-            scalars["representation/critic"] = representation(agent, args, "critic", old)
-            scalars["policy"] = agent.policy_stats(old.policy, b_actions)
-
-        # PPO update
-        if args.anneal_lr:
-            lr = (1 - (iteration - 1) / num_iterations) * args.learning_rate
-            optimizer.param_groups[0]["lr"] = lr
-        batch = {"obs": b_obs, "actions": b_actions, "logprobs": b_logprobs}
-        batch |= {"advantages": b_advantages, "returns": b_returns, "old_held": old.held}
-        all_losses, policies = [], []
-        for _ in range(args.update_epochs):
-            for minibatch in shuffled_minibatches(batch, args.minibatch_size):
-                vector.grad, losses, policy = gradient(agent, args, **minibatch)
+        for rows in torch.randperm(len(index), generator=generator).split(args.minibatch_size):
+            if len(rows) == args.minibatch_size:
+                actor_last, critic_last = losses(rows)
+                optimizer.zero_grad()
+                (actor_last + critic_last).backward()
+                for group in copied.groups:
+                    nn.utils.clip_grad_norm_(group, args.max_grad_norm)
                 optimizer.step()
-                all_losses.append(losses)
-                policies.append(policy)
-            if args.target_kl and losses["approx_kl"].mean() > args.target_kl:
-                break
-        if args.reset_adam:
-            optimizer.state.clear()
-
-        # Trust region: end of the update against its start
-        if logging:
-            new = evaluate(agent, b_obs)
-            logratio = agent.log_prob(new.policy, b_actions) - b_logprobs
-            scalars["trust_region"] = ratio_stats(logratio, args.clip_coef) | {
-                "kl": agent.kl(old.policy, new.policy).mean(),
-                "preactivation_drift": pfo_loss(new.held, old.held, args.pfo_reduction),
-            }
-
-        # Capacity loss
-        if due(args.capacity_interval, iteration, num_iterations):
-            scalars["capacity"] = capacity_loss(agent, args, *capacity_data)
-
-        # Logging
-        if logging:
-            scalars["charts"] = {"learning_rate": optimizer.param_groups[0]["lr"]}
-            if envs.finished:
-                episode = zip(("episodic_return", "episodic_length"), np.mean(envs.finished, 0))
-                scalars["charts"] |= dict(episode)
-                envs.finished.clear()
-            seconds = time.perf_counter() - log_time
-            scalars["charts"]["SPS"] = (iteration - log_iteration) * batch_size / seconds
-            log_time, log_iteration = time.perf_counter(), iteration
-            scalars["losses"] = {k: torch.stack([x[k] for x in all_losses]).mean() for k in losses}
-            entropies = [agent.entropy(part) for part in torch.cat(policies).split(512)]
-            scalars["losses"] |= {
-                "entropy": torch.cat(entropies).mean(),
-                "policy_objective_last_minibatch": -losses["policy_loss"],
-                "explained_variance": 1 - (b_returns - old.values).var() / b_returns.var(),
-            }
-        run.log(scalars, global_step, row=due(0.025, iteration, num_iterations))
-        bar.update(steps_per_iteration)
-
-        # Checkpoint
-        if not vector.isfinite().all():
-            what = "parameters" if b_obs.isfinite().all() else "observations and parameters"
-            fail(f"{what} are not finite at step {global_step}; {run.kept}", code=1)
-        if due(args.snapshot_interval, iteration, num_iterations):
-            run.save(global_step, agent, optimizer)
-
-    bar.close()
-    run.close()
+    copied.eval()
+    with torch.no_grad():
+        actor, critic = losses(torch.arange(len(index)))
+    return {
+        "actor": actor.item(),
+        "critic": critic.item(),
+        "actor_last_minibatch": actor_last.item(),
+        "critic_last_minibatch": critic_last.item(),
+    }
 
 
-def main():
-    if sys.argv[1:2] == ["train"]:
-        train(tyro.cli(Args, prog=f"{Path(sys.argv[0]).name} train", args=sys.argv[2:]))
-    else:
-        toy(tyro.cli(ToyArgs))
-
-
-# What follows is no part of the toy or of PPO: messages, flags, environments, the folder of a run
+# The rest is not part of PPO: messages, checks of the flags, environments, the folder of a run
 
 
 def say(message):
-    """A line on stderr that leaves the progress bar whole."""
+    """Print one line on stderr without breaking the progress bar."""
     tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def fail(message, code=2):
-    """Say on one line of stderr what is wrong and exit with `code`."""
+    """Print on one line of stderr what is wrong and exit with `code`."""
     say(f"error: {message}")
     raise SystemExit(code)
 
@@ -726,20 +630,24 @@ def due(interval, iteration, num_iterations):
 
 
 def check_ranges(args):
-    """Raises ValueError, which tyro shows, if a flag is out of its range or a name too long."""
+    """Exit with one line if a flag is out of its range or cannot be part of a file's name."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        bounds, value = getattr(hint, "__metadata__", [None])[0], getattr(args, name)
-        numbers = value if isinstance(value, tuple) else [] if value is None else [value]
-        if isinstance(bounds, tuple) and not all(bounds[0] <= x <= bounds[1] for x in numbers):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')} is {value!a}"
+        for low, high in getattr(hint, "__metadata__", ()):
+            numbers = np.ravel(value)
+            if not (numbers.size and low <= numbers.min() and numbers.max() <= high):
+                fail(f"{flag}: it must be from {low} to {high}")
+        if isinstance(value, str) and not value.isprintable():
+            fail(f"{flag}: it must be text that can be printed")
     path = os.fsencode(Path(args.runs_dir, args.run_name))
     if re.search(r"[/\\]|^\.\.?$", args.run_name) or re.search(rb"[^/]{200}", path):
-        raise ValueError("--run-name: no slash; it and each part of --runs-dir: under 200 bytes")
+        fail("--run-name may have no slash; it and each part of --runs-dir need under 200 bytes")
 
 
 def check(args):
-    """Exit with one line where flags do not go together."""
+    """Exit with one line if a flag is wrong or if flags contradict each other."""
+    check_ranges(args)
     batch_size = args.num_envs * args.num_steps
     if not 2 <= args.minibatch_size <= batch_size:
         fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to {batch_size}")
@@ -748,36 +656,60 @@ def check(args):
     least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, a step of each
     if args.capacity_interval and args.capacity_steps < least:
         fail(f"--capacity-steps is {args.capacity_steps}: it must be {least} or more")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        fail("--compile needs a C++ compiler: g++, or the one that CXX names")
+    if args.env_id.startswith("ALE/"):
+        fail(f"--env-id {args.env_id} is an Atari game: use ppo_atari.py")
+    compiler = os.environ.get("CXX", "g++")
+    if args.compile and os.system(f'"{compiler}" --version > {os.devnull} 2>&1'):
+        fail(f"--compile needs a C++ compiler, and {compiler} does not work: set CXX to another")
 
 
 class Envs:
-    """`num_envs` copies of the task, stepped in turn; an episode that ends is followed by the next.
-    Observations (E, D) are used as they are."""
+    """`num_envs` copies of the task, stepped one after the other. When an episode ends, the next
+    one starts. Observations (E, D) are used as they are."""
+
+    cleanup = contextlib.ExitStack()  # closes all environments at the end of `main`
 
     def __init__(self, args, num_envs, stream, obs_stats=None):
-        gym.logger.min_level = gym.logger.ERROR  # no advice to move on to a newer version
+        gym.logger.min_level = gym.logger.ERROR  # hides the advice to use a newer version
+        self.task = f"--env-id {args.env_id}"
+        self.envs = []
+        Envs.cleanup.callback(self.close)
         try:
-            self.envs = [gym.make(args.env_id, disable_env_checker=True) for _ in range(num_envs)]
-        except Exception as error:  # whatever a task's constructor raises
-            fail(f"--env-id {args.env_id} cannot be made: {error!r}")
-        obs_space, space = self.envs[0].observation_space, self.envs[0].action_space
-        flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-        if not flat or not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-            what = f"observes {obs_space} and acts by {space}"
-            fail(f"--env-id {args.env_id} {what}: they must be a flat Box and Discrete from 0 on")
-        self.obs_dim, self.action_dim = obs_space.shape[0], int(space.n)
+            for _ in range(num_envs):
+                env = gym.make(args.env_id, disable_env_checker=True)
+                self.envs.append(gym.wrappers.RecordEpisodeStatistics(env))
+        except (Exception, SystemExit) as error:  # the code of a task can raise anything
+            fail(f"{self.task} cannot be made: {error!r}")
+        match env.observation_space, env.action_space:
+            case gym.spaces.Box(shape=(obs_dim,)), gym.spaces.Discrete(n=num_actions, start=0):
+                self.obs_dim = obs_dim
+                self.action_dim = int(num_actions)
+            case spaces:
+                needs = "a flat Box and Discrete actions from 0 on (for Box actions: ppo_mujoco.py)"
+                fail(f"{self.task} has the spaces {spaces}: ppo_toy.py needs {needs}")
         self.rng = np.random.default_rng([args.seed, stream])
         self.mask_rng = np.random.default_rng([args.seed, stream + 1])
         self.obs = np.zeros((num_envs, self.obs_dim), np.float32)
-        self.returns, self.lengths = [0.0] * num_envs, [0] * num_envs  # of the episodes that go on
         self.finished = []  # (return, length) of the episodes that ended since the last log
+
+    def call(self, i, method, *args, **kwargs):
+        """Call a method of environment i and keep its observation. Returns the rest."""
+        try:
+            obs, *rest = getattr(self.envs[i], method)(*args, **kwargs)
+        except SystemExit as error:
+            fail(f"{self.task} called sys.exit({error}); {Run.advice}", Run.code)
+        if np.shape(obs) != (self.obs_dim,) or not np.isfinite(obs).all():
+            fail(
+                f"{self.task} returned the observation {obs}, which is not {self.obs_dim} finite "
+                f"numbers; {Run.advice}",
+                Run.code,
+            )
+        self.obs[i] = obs
+        return rest
 
     def start(self, i):
         """Begin an episode of environment i."""
-        self.obs[i], _ = self.envs[i].reset(seed=int(self.rng.integers(2**31)))
-        self.returns[i], self.lengths[i] = 0.0, 0
+        self.call(i, "reset", seed=int(self.rng.integers(2**31)))
 
     def reset(self):
         for i in range(len(self.envs)):
@@ -785,113 +717,158 @@ class Envs:
         return self.obs.copy()
 
     def step(self, actions):
-        """One step with the `actions` (E,): the next observations (E, D), rewards, terminations
-        and truncations (E,), and the last observations of episodes that ended."""
-        outcomes, final_obs = [], []
+        """One step with the `actions` (E,). Returns the next observations (E, D), the same with
+        the last one of each episode that ended, and rewards, terminations, truncations (E,)."""
+        outcomes, ended = [], []
         for i, action in enumerate(actions.tolist()):
-            self.obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
-            outcomes.append((reward, terminated, truncated))
-            self.returns[i] += float(reward)
-            self.lengths[i] += 1
+            *outcome, info = self.call(i, "step", action)
+            # some tasks return arrays with one element
+            reward, terminated, truncated = (np.asarray(x).item() for x in outcome)
+            outcomes.append((float(reward), terminated, truncated))
             if terminated or truncated:
-                final_obs.append(self.obs[i].copy())
-                self.finished.append((self.returns[i], self.lengths[i]))
-                self.start(i)
-        return self.obs.copy(), *zip(*outcomes), final_obs
+                episode = info["episode"]
+                self.finished.append((np.asarray(episode["r"]).item(), episode["l"]))
+                ended.append(i)
+        final_obs = self.obs.copy()
+        for i in ended:
+            self.start(i)
+        return self.obs.copy(), final_obs, *zip(*outcomes)
 
     def collect(self, agent, num_steps, seed):
         """States that the agent's sampled actions lead to, and the index (num_steps,) of them."""
-        act, states, next_obs = agent.numpy_actor(), [], self.reset()
-        generator = torch.Generator().manual_seed(seed)
-        for noise in agent.noise(-(-num_steps // len(self.envs)), len(self.envs), generator):
-            states.append(next_obs)
-            next_obs, *_ = self.step(act(next_obs, noise))
+        states = []
+        with torch.random.fork_rng(devices=[]):  # restores torch's generator afterwards
+            torch.manual_seed(seed)
+            next_obs = self.reset()
+            while len(states) * len(self.envs) < num_steps:
+                states.append(next_obs)
+                next_obs, *_ = self.step(agent.sample(torch.from_numpy(next_obs)))
         return torch.from_numpy(np.concatenate(states)[:num_steps]), torch.arange(num_steps)
+
+    def close(self):
+        """Close the environments: some have threads that only this ends."""
+        for env in self.envs:
+            with contextlib.suppress(Exception, SystemExit):
+                env.close()
 
 
 class Run:
-    """The folder of a run: args.json, event files for TensorBoard, and checkpoints/STEP.pt."""
+    """The folder of a run: args.json, a copy of this script, an event file for TensorBoard, and
+    checkpoints/STEP.pt."""
 
-    kept = "nothing was kept"  # what a message says that ends the process early
+    advice = "nothing was created"  # ends each message about a fault
+    code = 2  # exit code of a fault: 1 if there is a folder
     columns = {  # of the rows in the terminal
         "return": "charts/episodic_return",
-        "actor rank": "representation/actor/pca_rank",
+        "rank": "representation/actor/pca_rank",
         "dead": "representation/actor/dead_neurons",
         "norm": "representation/actor/preactivation_norm",
-        "ratio below": "trust_region/ratio_mean_below",
+        "ratio": "trust_region/ratio_mean_below",
         "capacity": "capacity/actor",
     }
 
     def __init__(self, args):
-        task = re.sub(r"[/\\:]", "-", getattr(args, "env_id", "toy"))
-        name = f"{task}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-        args.run_name = args.run_name or name
-        self.args, self.scalars = args, {}  # last value of each tag
-        self.dir = Path(args.runs_dir, args.run_name)
-        try:
-            self.dir.mkdir(parents=True)
-        except FileExistsError:
-            fail(f"{self.dir} exists or was just started: choose another --run-name")
-        except OSError as error:
-            fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
-        Run.kept = f"{self.dir} keeps the curves so far"
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        self.args = args
+        self.scalars = {}  # the last value of each tag
+        defaults = asdict(type(args)())
+        given = {name: x for name, x in asdict(args).items() if x != defaults[name]}
+        stamp = int(time.time())
+        while True:
+            self.dir = Path(args.runs_dir, args.run_name or self.default_name(given, stamp))
+            try:
+                self.dir.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if args.run_name:
+                    fail(f"{self.dir} exists: choose another --run-name")
+                stamp += 1
+            except OSError as error:
+                fail(f"--runs-dir: {self.dir} cannot be made ({error.strerror})")
+        args.run_name = self.dir.name
+        Run.advice = f"{self.dir} keeps the curves and checkpoints so far"
+        Run.code = 1
+        shutil.copy(__file__, self.dir)
+        unfinished = self.dir / "args.tmp"
+        unfinished.write_text(json.dumps(asdict(args), indent=2))
+        unfinished.replace(self.dir / "args.json")
         self.writer = SummaryWriter(self.dir)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        flags = given | asdict(args)  # those given come first
+        rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, 0)
+        if isinstance(args, Args):  # for TensorBoard's tab HPARAMS
+            for summary in hparams(flags, {"charts/episodic_return": 0}):
+                self.writer.file_writer.add_summary(summary)
+
+    def default_name(self, given, stamp):
+        """TASK__SCRIPT__FLAGS__SEED__TIME, where FLAGS are the last five of those `given`."""
+        unnamed = "env_id|seed|runs_dir|compile|torch_threads|alpha|theta|capacity.*|.*interval"
+        flags = [f"{k}={x}" for k, x in given.items() if not re.fullmatch(unnamed, k)]
+        task = getattr(self.args, "env_id", "toy")
+        parts = [
+            task,
+            Path(__file__).stem,
+            *reversed(flags[-5:]),
+            getattr(self.args, "seed", 1),
+            stamp,
+        ]
+        name = "__".join(str(part).removesuffix(".0") for part in parts)
+        return re.sub(r"[^\w.,=-]", "-", name)
 
     def log(self, scalars, step, row=False):
-        """Write the dict {"group": {"name": number}}, what is not finite as NaN; print a `row`."""
-        flat = {f"{group}/{name}": x for group, part in scalars.items() for name, x in part.items()}
-        for tag, value in flat.items():
-            self.scalars[tag] = float(value) if math.isfinite(value) else math.nan
-            self.writer.add_scalar(tag, self.scalars[tag], step)
+        """Write the dict {"group": {"name": number}}, NaN for what is not finite; print a `row`."""
+        for group, part in scalars.items():
+            for name, value in part.items():
+                tag = f"{group}/{name}"
+                self.scalars[tag] = float(value) if math.isfinite(value) else math.nan
+                self.writer.add_scalar(tag, self.scalars[tag], step)
         if row:
-            cells = (f"{self.scalars.get(tag, math.nan):13.4g}" for tag in self.columns.values())
+            cells = (f"{self.scalars.get(tag, math.nan):11.4g}" for tag in self.columns.values())
             tqdm.write(f"{step:12,}" + "".join(cells))
         self.writer.flush()
 
     def save(self, global_step, agent, optimizer):
-        """Write checkpoints/STEP.pt, which capacity.py reads, at once or not at all."""
-        state = {"script": Path(__file__).stem, "args": asdict(self.args), "obs_stats": {}}
-        state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        (self.dir / "checkpoints").mkdir(exist_ok=True)
+        """Write checkpoints/STEP.pt, which capacity.py reads, atomically."""
+        state = {
+            "script": Path(__file__).stem,
+            "args": asdict(self.args),
+            "global_step": global_step,
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "obs_stats": {},
+        }
         path = self.dir / "checkpoints" / f"{global_step}.pt"
-        torch.save(state | {"global_step": global_step}, path.with_suffix(".tmp"))
+        path.parent.mkdir(exist_ok=True)
+        torch.save(state, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
-        checkpoints = len(list(path.parent.glob("*.pt")))
-        Run.kept = f"{self.dir} keeps the curves so far and {checkpoints} checkpoints"
 
     def close(self):
         self.writer.close()
         tqdm.write(f"{self.dir} is finished; its curves: tensorboard --logdir {self.args.runs_dir}")
 
 
-def never_fail(stream):
-    """Let `stream` drop what a full disk or a terminal without the letters cannot take."""
-    write, flush = stream.write, stream.flush
-
-    def try_to_write(text):
-        with contextlib.suppress(OSError):
-            write(text)
-            flush()
-
-    stream.reconfigure(errors="replace")
-    stream.write, stream.flush = try_to_write, lambda: None
-
-
 if __name__ == "__main__":
-    never_fail(sys.stdout)
-    never_fail(sys.stderr)
-    threading.excepthook = lambda _: None  # the log has a thread; its fault ends main() as well
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"interrupted; {Run.kept}", code=130)
-    except OSError as error:
-        fail(f"{error}; {Run.kept}", code=1)
-    except (MemoryError, torch.OutOfMemoryError):
-        fail("out of memory: use a smaller --minibatch-size, --num-envs, ... or --no-cuda", code=1)
-    except Exception as error:  # of a task, for example
+        fail(f"interrupted; {Run.advice}", code=130)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "alloc" in str(error):
+            smaller = "--width, --num-envs, --num-steps or --capacity-steps"
+            fail(f"out of memory: use a smaller {smaller}; {Run.advice}", Run.code)
         traceback.print_exc()
-        fail(f"{error!r}; {Run.kept}", code=1)
+        fail(f"{error!r}; {Run.advice}", Run.code)
+
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "gymnasium==1.4.0",
+#   "numpy==2.4.6",
+#   "tensorboard==2.21.0",
+#   "torch==2.13.0",
+#   "tqdm==4.70.1",
+#   "tyro==1.0.17",
+# ]
+# ///
