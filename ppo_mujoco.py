@@ -24,7 +24,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -732,27 +731,22 @@ def check(args):
         value = getattr(args, field.name)
         if type(value) is not type(field.default):  # tyro checks what is typed, not a saved run
             fail(f"{field.name} is {value!r}: it must be of the type of {field.default!r}")
+        if isinstance(value, str) and not value.isprintable():
+            fail(f"{field.name} is {value!a}: it must be text that can be printed")
     for name, (smallest, largest) in limits.items():
         value = getattr(args, name)
         if not smallest <= value <= largest:
             flag = name.replace("_", "-")
             fail(f"--{flag} is {value}: it must be from {smallest} to {largest}")
-    texts = " ".join(str(value) for value in asdict(args).values())
-    if re.search("[\udc80-\udcff]", texts):
-        fail("flags must be text in UTF-8")
     path = os.fsencode(Path(args.runs_dir, args.run_name))
     if re.search(r"[/\\]|^\.\.?$", args.run_name) or re.search(rb"[^/]{200}", path):
         fail("--run-name: no slash; it and each part of --runs-dir have fewer than 200 bytes")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights & Biases: pip install wandb")
     compiler = os.environ.get("CXX", "g++")
-    preprocess = [compiler, "-E", "-x", "c++", os.devnull]
-    if args.compile and (
-        not shutil.which(compiler) or subprocess.run(preprocess, capture_output=True).returncode
-    ):
-        fail(
-            f"--compile needs a C++ compiler, and {compiler} does not work: install g++ or set CXX"
-        )
+    preprocess = f'"{compiler}" -E -x c++ {os.devnull} > {os.devnull} 2>&1'
+    if args.compile and os.system(preprocess):
+        fail(f"--compile needs a C++ compiler, and {compiler} does not work: set CXX to another")
 
 
 def default_name(args):
@@ -806,11 +800,13 @@ class Envs:
     def __init__(self, args, num_envs, stream, obs_stats=None):
         gym.logger.min_level = gym.logger.ERROR  # hides the advice to use a newer version than v4
         others = "for discrete actions use ppo_toy.py train, for Atari games ppo_atari.py"
+        self.envs = []
         try:
-            self.envs = [gym.make(args.env_id, disable_env_checker=True) for _ in range(num_envs)]
+            for _ in range(num_envs):
+                self.envs.append(gym.make(args.env_id, disable_env_checker=True))
+                Envs.opened.append(self.envs[-1])
         except (Exception, SystemExit) as error:  # a task's constructor can raise anything
             fail(f"--env-id {args.env_id} cannot be made ({others}): {error!r}")
-        Envs.opened += self.envs
         self.space = self.envs[0].observation_space
         space = self.envs[0].action_space
         boxes = isinstance(self.space, gym.spaces.Box) and isinstance(space, gym.spaces.Box)
@@ -900,10 +896,8 @@ class Envs:
         terminations and truncations (E,), and the last observations of episodes that ended."""
         if self.squash:
             actions = self.middle + self.half_width * np.tanh(actions)
-        actions = np.maximum(
-            actions.astype(self.low.dtype), self.low
-        )  # rounding may have passed it
-        actions = np.minimum(actions, self.high)
+        actions = actions.astype(self.low.dtype)
+        actions = np.clip(actions, self.low, self.high)  # rounding may have passed the bounds
         outcomes = [self.advance(i, action) for i, action in enumerate(actions)]
         next_obs = self.observe()
         final_obs = []
@@ -994,6 +988,7 @@ class Run:
         self.continued = self.resumed and bool(self.saved)  # from a state of its own
         self.args = self.inherit(args) if self.resumed or self.saved else args
         check(self.args)
+        self.args.run_name = self.args.run_name or default_name(self.args)
         if self.args.fork_from and not self.saved:  # a fork that ended before its first state
             self.saved = read_state(self.args.fork_from)
 
@@ -1041,8 +1036,10 @@ class Run:
                 free.add("total_timesteps")
             fixed = {k for k in changed if k not in free and not k.endswith("_interval")}
         wrong = "; ".join(text for name, text in changed.items() if name in fixed)
-        if wrong:
+        if wrong and self.resumed:
             fail(f"a resumed run keeps its flags: {wrong}; leave these out, or use --fork-from")
+        if wrong:
+            fail(f"a fork keeps the shapes of its networks: {wrong}; leave these out")
         what = self.dir if self.resumed else f"a fork of {args.fork_from}, step {args.fork_step}"
         if changed or not self.resumed:
             say(f"{what}: {'; '.join(changed.values()) or 'no flag changes'}")
@@ -1100,7 +1097,6 @@ class Run:
 
     def make_folder(self):
         """Make the folder of a new run, and lock it."""
-        self.args.run_name = self.args.run_name or default_name(self.args)
         while not self.resumed:
             self.dir = Path(self.args.runs_dir, self.args.run_name)
             try:

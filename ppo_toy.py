@@ -763,7 +763,7 @@ class Run:
         "rank": "representation/actor/pca_rank",
         "dead": "representation/actor/dead_neurons",
         "norm": "representation/actor/preactivation_norm",
-        "ratio": "trust_region/ratio_mean_below",
+        "low ratio": "trust_region/ratio_mean_below",
         "capacity": "capacity/actor",
     }
 
