@@ -32,7 +32,7 @@ import zlib
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import filelock
@@ -720,8 +720,8 @@ def due(interval, iteration, num_iterations):
 def check(args):
     """Exit with one line if a flag is out of its range or flags do not go together."""
     batch_size = args.num_envs * args.num_steps
-    hints = get_type_hints(type(args), include_extras=True).items()
-    limits = {name: hint.__metadata__[0] for name, hint in hints if hasattr(hint, "__metadata__")}
+    hints = get_type_hints(type(args), include_extras=True)
+    limits = {k: x.__metadata__[0] for k, x in hints.items() if hasattr(x, "__metadata__")}
     limits["fork_step"] = (0, 10**12)
     limits["minibatch_size"] = (2, batch_size)
     limits["total_timesteps"] = (args.fork_step + batch_size, 10**12)
@@ -729,8 +729,11 @@ def check(args):
         limits["capacity_steps"] = (max(args.minibatch_size, args.capacity_envs), 10**12)
     for field in fields(args):
         value = getattr(args, field.name)
-        if type(value) is not type(field.default):  # tyro checks what is typed, not a saved run
-            fail(f"{field.name} is {value!r}: it must be of the type of {field.default!r}")
+        choices = (
+            get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else [value]
+        )
+        if type(value) is not type(field.default) or value not in choices:  # of a saved run
+            fail(f"{field.name} is {value!r}: it must be of the kind of {field.default!r}")
         if isinstance(value, str) and not value.isprintable():
             fail(f"{field.name} is {value!a}: it must be text that can be printed")
     for name, (smallest, largest) in limits.items():
@@ -1021,7 +1024,7 @@ class Run:
             if not self.resumed:
                 own |= {"fork_from": args.fork_from, "fork_step": self.saved["global_step"]}
             before = Args(**flags | own)
-        except (TypeError, ValueError) as error:  # a flag that is gone
+        except (KeyError, TypeError, ValueError) as error:  # a flag that is gone
             fail(f"the flags of {source} do not fit this script: {error}")
         check(before)
         args = tyro.cli(Args, default=before)
@@ -1054,6 +1057,9 @@ class Run:
         versions = [f"{x} {version(x)}" for x in ("torch", "numpy", "gymnasium", envs.simulator)]
         self.versions = ", ".join([device, f"{torch.get_num_threads()} threads", *versions])
         step = self.saved["global_step"] if self.saved else 0
+        batch_size = self.args.num_envs * self.args.num_steps
+        if self.continued and (step - self.args.fork_step) % batch_size:
+            fail(f"the step {step} of the state is not at the end of an iteration")
         try:
             next_obs = self.restore(**self.saved) if self.saved else envs.reset()
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -1078,7 +1084,7 @@ class Run:
         tqdm.write(f"{'step':>12}" + "".join(f"{name:>11}" for name in self.columns))
         return next_obs, step
 
-    def restore(self, agent, optimizer, envs, obs_stats, rng, args, versions, scalars, **_):
+    def restore(self, agent, optimizer, envs, obs_stats, rng, args, versions, scalars, logs, **_):
         """Restore the saved state; learning rate and betas are the flags'. Returns next_obs."""
         if versions != self.versions:
             before = f"the run was made with {versions}, this is {self.versions}"
