@@ -29,7 +29,7 @@ import time
 import traceback
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -1035,7 +1035,8 @@ class Run:
             free = {"cuda", "track"}
             end = self.saved["global_step"] if self.saved else 0
             steps = range(args.fork_step, end, args.num_envs * args.num_steps)
-            if all(learning_rate(before, step) == learning_rate(args, step) for step in steps):
+            longer = replace(before, total_timesteps=args.total_timesteps)
+            if all(learning_rate(before, x) == learning_rate(longer, x) for x in steps):
                 free.add("total_timesteps")
             fixed = {k for k in changed if k not in free and not k.endswith("_interval")}
         wrong = "; ".join(text for name, text in changed.items() if name in fixed)
