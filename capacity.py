@@ -5,13 +5,18 @@
     ls -d runs/* | xargs -n 1 -P 4 python capacity.py     # four runs side by side
 
 Results go to runs/NAME/capacity-SETTINGS/: results.json, and an event file that TensorBoard shows
-beside the run's own curve. Both are whole at any moment and written after every fit; what is done
-is skipped, so an interrupted call can be repeated. Files that cannot be used are named at the end
-with the reason, all the rest is done, and the exit code is 2.
+beside the run's own curve. Both are complete at any time and updated after every fit. Finished fits
+are skipped, so an interrupted command can be repeated. A file that cannot be used is named at the
+end with the reason; everything else is done, and the exit code is 2.
+
+A run that was made with a changed script is measured with that script. Every run keeps its own:
+
+    python capacity.py runs/NAME --script runs/NAME/ppo_mujoco.py
 """
 
 import contextlib
-import importlib
+import functools
+import importlib.util
 import io
 import json
 import math
@@ -19,6 +24,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,10 +39,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-# Types of flags with their least and greatest value
-Coefficient = Annotated[float, (0, 1e6)]
-Count = Annotated[int, (1, 1_000_000)]
-
 SCRIPTS = ("ppo_mujoco", "ppo_atari", "ppo_toy")
 THREADS = torch.get_num_threads()  # torch's choice, before a run's own number is set
 
@@ -45,36 +47,25 @@ THREADS = torch.get_num_threads()  # torch's choice, before a run's own number i
 class Args:
     """Capacity loss of the kept checkpoints of one or many runs. The defaults are the run's own."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs
-    num_targets: Count = 1  # random targets, the first is the run's own; several: mean and std
-    epochs: Annotated[int, (0, 4096)] = 0  # epochs of a fit; 0: the run's --capacity-epochs
-    learning_rate: Coefficient = 0.0  # Adam's; 0: the run's
-    # Who collects the states: the target, the run's first agent or each checkpoint; run: as it did
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs: runs/NAME
+    # number of random targets; the first one is the run's own; of several, mean and std are shown
+    num_targets: Annotated[int, (1, 10**6)] = 1
+    epochs: Annotated[int, (0, 10**6)] = 0  # epochs of a fit; 0: the run's --capacity-epochs
+    learning_rate: Annotated[float, (0, 1e6)] = 0.0  # learning rate of Adam; 0: the run's
+    # who collects the states: the target network, the run's initial agent, or each checkpoint;
+    # `run`: whatever the run itself used
     data: Literal["run", "target", "initial", "checkpoint"] = "run"
-    # Adam's moments: none, or the checkpoint's (the paper calls both valid)
+    # Adam starts without moments or with the checkpoint's (the paper calls both valid)
     optimizer: Literal["fresh", "loaded"] = "fresh"
-    # Fit also a freshly initialised network (to the first checkpoint's data, where each has its
-    # own), and the heads alone on the checkpoint's frozen features; both with a fresh Adam
+    # also fit a new network (with --data checkpoint, to the first checkpoint's states), and only
+    # the heads, on the checkpoint's frozen features; both with a fresh Adam
     controls: bool = False
-    cuda: bool = False  # use a CUDA device; the run's own values need the kind of device it had
+    cuda: bool = False  # use a GPU; the run's own values need the kind of device that it used
+    script: Path | None = None  # script that made the runs; by default the one beside capacity.py
     allow_module: str = ""  # module that may be imported for a task whose name is module:task
 
-    def __post_init__(self):
-        """Raises ValueError, which tyro shows, if a value makes no sense."""
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            bounds, value = getattr(hint, "__metadata__", [None])[0], getattr(self, name)
-            if isinstance(bounds, tuple) and not bounds[0] <= value <= bounds[1]:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {value}: it must be from {bounds[0]} to {bounds[1]}")
-        if 0 < self.learning_rate < 1e-12:
-            raise ValueError(f"--learning-rate is {self.learning_rate}: it must be 0, or 1e-12 up")
-        if not self.runs:
-            raise ValueError("name at least one folder of a run, runs/NAME")
-        if self.cuda and not torch.cuda.is_available():
-            raise ValueError("--cuda: there is no CUDA device")
-
     def settings(self):
-        """What differs from the run's own fit; results of different settings lie side by side."""
+        """What differs from the run's own fit. Results of different settings are kept apart."""
         given = {
             f"targets{self.num_targets}": self.num_targets > 1,
             f"epochs{self.epochs}": self.epochs,
@@ -83,19 +74,39 @@ class Args:
             self.optimizer: self.optimizer == "loaded",
             "controls": self.controls,
             "cuda": self.cuda,
+            "script": self.script,
         }
         return "-".join(part for part in given if given[part]) or "default"
 
 
 def say(message):
-    """A line on stderr that leaves the progress bar whole."""
+    """Print one line on stderr without breaking the progress bar."""
     tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def fail(message, code=2):
-    """Say on one line of stderr what is wrong and exit with `code`."""
+    """Print on one line of stderr what is wrong and exit with `code`."""
     say(f"error: {message}")
     raise SystemExit(code)
+
+
+def check(args):
+    """Exit with one line if a flag is out of its range or cannot be used."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        limits = getattr(hint, "__metadata__", [None])[0]
+        value = getattr(args, name)
+        if isinstance(limits, tuple) and not limits[0] <= value <= limits[1]:
+            flag = name.replace("_", "-")
+            fail(f"--{flag} is {value}: it must be from {limits[0]} to {limits[1]}")
+    if not args.runs:
+        fail("name at least one run: runs/NAME")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda: there is no CUDA device")
+    if args.script:
+        try:
+            import_script(args.script)
+        except (Exception, SystemExit) as error:  # the script can do anything
+            fail(f"--script {args.script} cannot be imported: {error!r}")
 
 
 class Unusable(Exception):
@@ -107,63 +118,96 @@ def is_step(name):
     return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
 
 
-def load_checkpoint(path, allow_module):
+@functools.cache
+def import_script(path):
+    """The script at `path` as a module, whose name is that of no other module."""
+    spec = importlib.util.spec_from_file_location(f"--script {path}", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    return script
+
+
+def load_checkpoint(path, args):
     """A checkpoint's state, its training script as a module, and its flags. Nothing in the file is
-    executed: it holds tensors and plain values, and only the three training scripts are imported.
-    Raises Unusable for what they did not write, and what Args raises for flags it does not take."""
+    executed: it holds tensors and plain values, and only the three training scripts or --script
+    are imported. Raises Unusable for what they did not write, exits if their `check` refuses the
+    flags, and raises other errors for flags that they do not have."""
     if not path.is_file():  # a folder, a broken link, or a fifo, which would never answer
         raise Unusable("it is not a file")
+    scripts = [args.script.stem.partition("-from-")[0]] if args.script else SCRIPTS
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["script"] not in scripts or state["global_step"] != int(path.stem):
+            raise ValueError(f"step {state['global_step']} of {state['script']}.py")
     except Exception as error:  # a damaged file can raise almost anything
-        raise Unusable(f"it is damaged or no checkpoint: {error!r}") from None
-    parts = {"script", "args", "agent", "optimizer", "obs_stats", "global_step"}
-    if not isinstance(state, dict) or parts - {*state} or state["script"] not in SCRIPTS:
-        raise Unusable(f"it is no state of {', '.join(SCRIPTS)}")
-    if state["global_step"] != int(path.stem):
-        raise Unusable(f"it holds step {state['global_step']}, another than its name says")
-    script = importlib.import_module(state["script"])
-    run_args = script.Args(**state["args"])
+        reason = f"it is damaged or not a checkpoint of {', '.join(scripts)}: {error!r}"
+        raise Unusable(reason) from None
+    script = import_script(args.script) if args.script else importlib.import_module(state["script"])
+    # The first two are not needed here; with the third, `check` looks at the fit's flags
+    here = {"compile": False, "track": False, "capacity_interval": 1.0}
+    here = {name: value for name, value in here.items() if name in state["args"]}
+    run_args = script.Args(**state["args"] | here)
+    script.check(run_args)
     module = run_args.env_id.rpartition(":")[0]
-    if module not in ("", allow_module):
+    if module not in ("", args.allow_module):
         raise Unusable(f"its task would import {module}; if you trust it: --allow-module {module}")
-    if run_args.capacity_steps < max(run_args.minibatch_size, run_args.capacity_envs):
-        raise Unusable(f"--capacity-steps {run_args.capacity_steps} is less than a minibatch")
     return state, script, run_args
 
 
 def new_agent(script, envs, run_args, device, seed):
     torch.manual_seed(seed)
-    return script.Agent(envs, run_args).to(device)
+    return script.Agent(envs, run_args).to(device).eval()
+
+
+def close_envs(script):
+    """Close the environments that the script has opened: some have threads that only this ends."""
+    if hasattr(script.Envs, "cleanup"):  # ppo_toy.py
+        script.Envs.cleanup.close()
+    opened = getattr(script.Envs, "opened", [])
+    while opened:
+        with contextlib.suppress(Exception, SystemExit):
+            opened.pop().close()
 
 
 def finite(losses):
-    """Losses as JSON can hold them: None in place of what is not finite."""
+    """Losses as JSON can hold them: None instead of what is not finite."""
     return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
 
 class Fits:
-    """Fits of one run's checkpoints. The states that one is fitted to are kept for the next."""
+    """Fits of one run's checkpoints. The states of one fit are kept for the next."""
 
     def __init__(self, args):
-        self.args, self.data, self.data_of = args, None, None
+        self.args = args
+        self.data = self.data_of = None
         self.device = torch.device("cuda" if args.cuda else "cpu")
 
     def fit(self, path, i, known):
-        """Add to the dict `known` of target `i` what it lacks of the checkpoint at `path`, and of
-        the fresh network, {step or "fresh": {name: loss}}. Target 0 is the run's own."""
-        state, script, run_args = load_checkpoint(path, self.args.allow_module)
+        """Add to the dict `known` of target `i` what it lacks of the checkpoint at `path` and of
+        the new network, {step or "fresh": {name: loss}}. Target 0 is the run's own."""
+        state, script, run_args = load_checkpoint(path, self.args)
+        try:
+            self.fit_state(state, script, run_args, path, i, known)
+        finally:
+            close_envs(script)
+
+    def fit_state(self, state, script, run_args, path, i, known):
         torch.set_num_threads(run_args.torch_threads or THREADS)
         envs = script.Envs(run_args, run_args.capacity_envs, 2 + 16 * i, state["obs_stats"])
         agent = new_agent(script, envs, run_args, self.device, 0)
-        agent.load_state_dict(state["agent"])
+        try:
+            agent.load_state_dict(state["agent"])
+        except RuntimeError:
+            hint = f"--script {path.parents[1] / state['script']}.py"
+            raise Unusable(f"its networks differ from those of the script: try {hint}") from None
         collector = run_args.capacity_data if self.args.data == "run" else self.args.data
         data_of = (i, run_args, path if collector == "checkpoint" else None)
         if self.data_of != data_of:
-            self.data = self.data_of = None  # before there are others: Atari's take 250 MB
+            self.data = self.data_of = None  # frees memory first: Atari's states take 250 MB
             self.data = self.collect(i, script, run_args, envs, agent, collector)
             self.data_of = data_of
         epochs = self.args.epochs or run_args.capacity_epochs
@@ -184,7 +228,7 @@ class Fits:
             known["fresh"] = finite(script.capacity_loss(fresh, fit_args, *self.data))
 
     def collect(self, i, script, run_args, envs, agent, collector):
-        """States and what the i-th target says of them, as `capacity_loss` takes them."""
+        """States, and what the i-th target computes for them, as `capacity_loss` takes them."""
         own_seed = 2**32 - 1 - run_args.seed
         other_seed = int(np.random.SeedSequence([run_args.seed, i]).generate_state(1)[0])
         target = new_agent(script, envs, run_args, self.device, other_seed if i else own_seed)
@@ -200,9 +244,9 @@ def check_losses(losses, targets):
     """Raises an error of any kind if `losses` does not have the form that Results describes."""
     for target, fits in losses.items():
         for step, by_name in fits.items():
-            names, numbers = by_name.keys(), {*by_name.values()} - {None}
+            numbers = {*by_name.values()} - {None}
             fine = target in targets and (is_step(step) or step == "fresh")
-            fine &= names >= {"actor", "critic"} and all(map(str.isidentifier, names))
+            fine &= by_name.keys() >= {"actor", "critic"} and all(map(str.isidentifier, by_name))
             fine &= all(isinstance(x, float) and math.isfinite(x) for x in numbers)
             if not fine:
                 raise ValueError(f"target {target}, step {step}")
@@ -210,10 +254,11 @@ def check_losses(losses, targets):
 
 class Results:
     """What was measured of a run with some settings, in a folder of its own:
-    {target: {step or "fresh": {name: loss, None where it was not finite}}}."""
+    {target: {step or "fresh": {name: loss, or None if it was not finite}}}."""
 
     def __init__(self, folder, num_targets):
-        self.folder, self.several = folder, num_targets > 1
+        self.folder = folder
+        self.several = num_targets > 1
         self.losses = {str(i): {} for i in range(num_targets)}
         path = folder / "results.json"
         if not os.path.lexists(path):
@@ -239,27 +284,30 @@ class Results:
             yield step, scalars
 
     def write(self):
-        buffer, now = io.BytesIO(), time.time()
+        now = time.time()
+        buffer = io.BytesIO()
         writer = RecordWriter(buffer)
         writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
         for name, scalars in self.rows():
-            prefix, step = ("capacity/", int(name)) if is_step(name) else ("capacity/fresh_", 0)
+            prefix = "capacity/" if is_step(name) else "capacity/fresh_"
+            step = int(name) if is_step(name) else 0
             values = [Summary.Value(tag=prefix + k, simple_value=x) for k, x in scalars.items()]
             event = Event(wall_time=now, step=step, summary=Summary(value=values))
             writer.write(event.SerializeToString())
         self.write_file("events.out.tfevents.capacity", buffer.getvalue())
         text = json.dumps(self.losses, indent=1, allow_nan=False) + "\n"
-        self.write_file("results.json", text.encode())  # the last: what it holds is done
+        self.write_file("results.json", text.encode())  # comes last: its fits are not repeated
 
     def write_file(self, name, content):
-        """At once or not at all, under a name that TensorBoard does not read until then."""
+        """Write bytes atomically, first under a name that TensorBoard does not read."""
         unfinished = self.folder / "unfinished"
         unfinished.unlink(missing_ok=True)
         unfinished.write_bytes(content)
         os.replace(unfinished, self.folder / name)
 
     def table(self):
-        rows, width = list(self.rows()), 24 if self.several else 18
+        rows = list(self.rows())
+        width = 24 if self.several else 18
         names = [name for name in rows[0][1] if not name.endswith("_std")]
         titles = (f"{name.replace('_last_minibatch', ' last'):>{width}}" for name in names)
         lines = [f"{self.folder}: capacity loss", f"{'step':>12}" + "".join(titles)]
@@ -272,33 +320,35 @@ class Results:
 
 
 def measure(run_dir, args, problems):
-    """Fit what is missing of one run, write it after every fit, and print the run's table.
-    What cannot be used is added to the dict `problems`, {path: reason}. Raises Unusable."""
-    if not run_dir.is_dir():
-        raise Unusable("it is not the folder of a run")
+    """Make the missing fits of one run, save after every fit, and print the run's table. Files that
+    cannot be used are added to the dict `problems`, {path: reason}. Raises Unusable."""
+    if not (run_dir / "checkpoints").is_dir():
+        raise Unusable("this is not a run's folder: name runs/NAME")
     paths = [path for path in run_dir.glob("checkpoints/*.pt") if path.stem != "diverged"]
     problems |= {path: "its name is not a step" for path in paths if not is_step(path.stem)}
     named = sorted({*paths} - {*problems}, key=lambda path: int(path.stem))
     if not named:
-        raise Unusable("it has no checkpoints, checkpoints/STEP.pt")
+        raise Unusable("it has no checkpoints/STEP.pt")
     folder = run_dir / f"capacity-{args.settings()}"
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False):
-        results, fits = Results(folder, args.num_targets), Fits(args)
+        results = Results(folder, args.num_targets)
+        fits = Fits(args)
         pairs = [(*target, path) for target in enumerate(results.losses.values()) for path in named]
         for i, known, path in tqdm(pairs, run_dir.name, unit=" fits", leave=False):
             done = path.stem in known and ("fresh" in known or not args.controls)
             if done or path in problems:
                 continue
-            said = io.StringIO()  # what the training script says before it exits
+            output = io.StringIO()  # what the training script prints before it exits
             try:
-                with contextlib.redirect_stderr(said):
+                with contextlib.redirect_stderr(output):
                     fits.fit(path, i, known)
             except Unusable as problem:
                 problems[path] = problem
-            except SystemExit:
-                problems[path] = said.getvalue().rpartition("error: ")[2] or "its task exits"
-            except Exception as error:  # values of a foreign file can break anything
+            except SystemExit as error:
+                message = output.getvalue().rpartition("error: ")[2]
+                problems[path] = message or f"its task exited the process: {error!r}"
+            except Exception as error:  # the values of a foreign file can raise anything
                 problems[path] = f"{type(error).__name__}: {error}"
             else:
                 results.write()
@@ -307,13 +357,15 @@ def measure(run_dir, args, problems):
 
 
 def main():
-    args, problems = tyro.cli(Args), {}
+    args = tyro.cli(Args)
+    check(args)
+    problems = {}
     torch.backends.cudnn.deterministic = True  # as in training
     for run_dir in dict.fromkeys(args.runs):
         try:
             measure(run_dir, args, problems)
         except filelock.Timeout:
-            problems[run_dir] = "another process is at work on it"
+            problems[run_dir] = "another process measures it"
         except (Unusable, OSError) as problem:
             problems[run_dir] = problem
     for path, problem in problems.items():
@@ -322,24 +374,30 @@ def main():
         raise SystemExit(2)
 
 
-def never_fail(stream):
-    """Let `stream` drop what a full disk or a terminal without the letters cannot take."""
-    write, flush = stream.write, stream.flush
-
-    def try_to_write(text):
-        with contextlib.suppress(OSError):
-            write(text)
-            flush()
-
-    stream.reconfigure(errors="replace")
-    stream.write, stream.flush = try_to_write, lambda: None
-
-
 if __name__ == "__main__":
-    never_fail(sys.stdout)
-    never_fail(sys.stderr)
-    tqdm.get_lock()  # takes a moment, in which Ctrl-C would break tqdm
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the stream is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on", code=130)
+        fail("interrupted; the same command continues", code=130)
+    except Exception as error:
+        traceback.print_exc()
+        fail(f"{error!r}; the same command continues")
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py==0.12.1",
+#     "filelock==4.3.1",
+#     "gymnasium==1.4.0",
+#     "imageio==2.38.1",
+#     "mujoco==3.14.0",
+#     "numpy==2.4.6",
+#     "opencv-python-headless==5.0.0.93",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///

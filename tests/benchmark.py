@@ -1,5 +1,5 @@
 """Speed of the training scripts against Stable-Baselines3 or another checkout, and the cost of the
-diagnostics: the tables of the README.
+diagnostics: the tables of .results/speed.md.
 
     pip install stable-baselines3==2.9.2
     python tests/benchmark.py                  # about an hour on two cores that are idle
@@ -84,23 +84,23 @@ print(1024 * (iterations - 1) / (ends[-1] - ends[0]))
 
 @dataclass
 class Args:
-    """Measure the speed tables of the README."""
+    """Measure the tables of .results/speed.md."""
 
     repeats: int = 5  # pairs of runs
     iterations: int = 25  # iterations of a MuJoCo run; Atari takes a fifth
-    only: str = ""  # measure only the rows whose name contains this
-    against: str = ""  # another checkout, older or newer: its scripts in place of SB3
+    only: str = ""  # measure only the rows whose name contains this text
+    against: str = ""  # compare with the scripts of another checkout instead of SB3
 
 
 def measure(root, script, flags, iterations, log_every=2.44, steps=2048, warm_up=4):
-    """Agent steps per second of a script of the checkout `root` after `warm_up` iterations. The
-    default is a log point at every 2.44th of 2,441 iterations; so here."""
+    """Agent steps per second of a script of the checkout `root` after `warm_up` iterations. By
+    default a full run logs at every 2.44th of its 2,441 iterations, so this does too."""
     frames = steps * (3 if script == "ppo_atari" else 1)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, Path(root, f"{script}.py"), "--no-cuda"]
-        command += ["--runs-dir", folder, "--run-name", "run", "--checkpoint-interval", "0.5"]
-        command += ["--snapshot-interval", "1"]  # saving is measured apart
-        command += ["--total-timesteps", frames * iterations]
+        command = [sys.executable, Path(root, f"{script}.py")]
+        command += ["train"] if script == "ppo_toy" else ["--no-cuda", "--checkpoint-interval", 0.5]
+        command += ["--runs-dir", folder, "--run-name", "run", "--snapshot-interval", 1]
+        command += ["--total-timesteps", frames * iterations]  # saving is measured apart
         command += ["--log-interval", min(1.0, log_every / iterations), *flags.split()]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
         events = EventAccumulator(f"{folder}/run", size_guidance={"scalars": 0})
@@ -110,9 +110,9 @@ def measure(root, script, flags, iterations, log_every=2.44, steps=2048, warm_up
     return (points[-1][0] - first[0]) * steps / (points[-1][1] - first[1])
 
 
-def seconds(root, flags, iterations):
+def seconds(flags, iterations):
     """How long a run on Hopper-v4 takes from its first to its last iteration."""
-    return 2048 * (iterations - 4) / measure(root, "ppo_mujoco", flags, iterations)
+    return 2048 * (iterations - 4) / measure(ROOT, "ppo_mujoco", flags, iterations)
 
 
 def theirs(code, *arguments):
@@ -147,9 +147,13 @@ def print_pairs(name, pairs, form="{:.0f}"):
     print(f"| {name} | {spread(ours, form)} | {spread(others, form)} | {ratios} |", flush=True)
 
 
+ACROBOT = "--env-id Acrobot-v1 --activation relu --width 32 --update-epochs 80"
+
+
 def speeds(args):
-    other = args.against or "SB3"
-    print(f"| | ours, steps/s | {other}, steps/s | ratio |\n|---|---|---|---|")
+    print(f"| | ours, steps/s | {args.against or 'SB3'}, steps/s | ratio |\n|---|---|---|---|")
+    n = args.iterations
+    rows = {}
     for env_id, epochs, mode in (
         ("HalfCheetah-v4", 10, ""),
         ("Hopper-v4", 10, ""),
@@ -157,33 +161,33 @@ def speeds(args):
         ("Hopper-v4", 10, "--compile"),
         ("HalfCheetah-v4", 20, "--compile"),
     ):
-        name, pairs = f"{env_id}, {epochs} epochs, {mode or 'eager'}", []
         flags = f"--env-id {env_id} --update-epochs {epochs} --capacity-interval 0 {mode}"
-        for _ in range(args.repeats if args.only in name else 0):
-            ours = measure(ROOT, "ppo_mujoco", flags, args.iterations)
-            if args.against:
-                pairs.append((ours, measure(args.against, "ppo_mujoco", flags, args.iterations)))
-            else:
-                third = max(3, args.iterations // 3)
-                pairs.append((ours, theirs(SB3_MUJOCO, env_id, epochs, third)))
-        if pairs:
-            print_pairs(name, pairs)
-    name, pairs, iterations = "Phoenix, 4 epochs, 2 threads", [], max(4, args.iterations // 5)
-    for _ in range(args.repeats if args.only in name else 0):
-        # by default a log point falls on every 33rd iteration: here on the last
-        flags = "--torch-threads 2 --env-threads 2 --capacity-interval 0"
-        atari = "ppo_atari", flags, iterations, 1, 1024, 1
-        ours = measure(ROOT, *atari)
-        other = measure(args.against, *atari) if args.against else theirs(SB3_ATARI, iterations)
-        pairs.append((ours, other))
-    if pairs:
+        sb3 = SB3_MUJOCO, env_id, epochs, max(3, n // 3)
+        name = f"{env_id}, {epochs} epochs, {mode or 'eager'}"
+        rows[name] = ("ppo_mujoco", flags, n), sb3
+    # on Atari a log point falls on every 33rd iteration: here on the last
+    flags = "--torch-threads 2 --env-threads 2 --capacity-interval 0"
+    few = max(4, n // 5)
+    rows["Phoenix, 4 epochs, 2 threads"] = ("ppo_atari", flags, few, 1, 1024, 1), (SB3_ATARI, few)
+    if args.against:
+        for mode in ("", "--compile"):
+            flags = f"{ACROBOT} --capacity-interval 0 {mode}"
+            rows[f"Acrobot-v1, {mode or 'eager'}"] = ("ppo_toy", flags, n, 2.44, 1024), None
+    for name, (ours, sb3) in rows.items():
+        if args.only not in name:
+            continue
+        pairs = []
+        for _ in range(args.repeats):
+            speed = measure(ROOT, *ours)
+            other = measure(args.against, *ours) if args.against else theirs(*sb3)
+            pairs.append((speed, other))
         print_pairs(name, pairs)
 
 
 def costs(args):
-    """What a full Hopper-v4 run of 2,441 iterations spends beside training: runs with a part at its
-    default interval less runs without it. The fits of the capacity loss come so seldom that one is
-    measured at every log point and counted 41 times."""
+    """The shares of a full Hopper-v4 run of 2,441 iterations that are not training: the time of
+    runs with a part, minus that of runs without it, scaled to the part's default interval. The
+    capacity loss is fitted 41 times in a full run."""
     print("\n| share of a full-length Hopper-v4 run | diagnostics | capacity loss | saving |")
     print("|---|---|---|---|")
     n = args.iterations
@@ -192,13 +196,13 @@ def costs(args):
         for _ in range(args.repeats):
             off = f"--capacity-interval 0 --checkpoint-interval 1 --snapshot-interval 1 {mode}"
             few = f"{off} --log-interval {4 / n}"
-            plain = seconds(ROOT, few, n)
+            plain = seconds(few, n)
             often = f"{off} --log-interval {1 / n}"
-            points = (seconds(ROOT, often, n) - plain) / (n * 3 / 4)  # seconds a log point
+            points = (seconds(often, n) - plain) / (n * 3 / 4)  # seconds a log point
             fits = off.replace("--capacity-interval 0", f"--capacity-interval {4 / n}")
-            fit = (seconds(ROOT, f"{fits} --log-interval {4 / n}", n) - plain) / (n / 4 - 1)
+            fit = (seconds(f"{fits} --log-interval {4 / n}", n) - plain) / (n / 4 - 1)
             saves = off.replace("--checkpoint-interval 1", f"--checkpoint-interval {1 / n}")
-            save = (seconds(ROOT, f"{saves} --log-interval {4 / n}", n) - plain) / (n - 4)
+            save = (seconds(f"{saves} --log-interval {4 / n}", n) - plain) / (n - 4)
             full = plain / (n - 4) * 2441
             shares.append([points * 1000 / full, fit * 41 / full, save * 541 / full])
         cells = [spread(column, "{:.1%}") for column in zip(*shares)]
@@ -208,10 +212,8 @@ def costs(args):
 def main():
     args = tyro.cli(Args)
     machine = platform.processor() or platform.machine()
-    print(
-        f"{date.today()}, {machine}, {torch.get_num_threads()} threads of torch at most,", end=" "
-    )
-    print(f"torch {torch.__version__}, median (range) of {args.repeats} pairs\n")
+    print(f"{date.today()}, {machine}, torch {torch.__version__},", end=" ")
+    print(f"median (range) of {args.repeats} pairs\n")
     speeds(args)
     if args.only in "diagnostics" and not args.against:
         costs(args)

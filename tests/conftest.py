@@ -12,13 +12,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import ppo_mujoco  # noqa: E402
 
 # The smallest run that still has several iterations, log points, capacity fits and checkpoints
 SMALL = {
@@ -27,27 +31,54 @@ SMALL = {
     + " --snapshot-interval 0.25 --log-interval 0.1"
     for script, flags in {
         "ppo_mujoco": "--total-timesteps 512 --num-steps 32 --obs-norm-steps 50 --capacity-steps 64"
-        " --checkpoint-interval 0.25",
+        " --checkpoint-interval 0.125",
         "ppo_atari": "--total-timesteps 768 --num-envs 2 --num-steps 16 --frameskip 3"
-        " --capacity-steps 32 --env-threads 1 --torch-threads 1 --checkpoint-interval 0.25",
+        " --capacity-steps 32 --env-threads 1 --torch-threads 1 --checkpoint-interval 0.125",
         "ppo_toy": "train --total-timesteps 512 --num-envs 4 --num-steps 16 --capacity-steps 64",
     }.items()
 }
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """run("ppo_mujoco", "--seed 3", name="a"): a small run in this process and its folder."""
+def run_here(script, flags, folder, name):
+    """A small run in this process; returns its folder."""
+    command = f"{script}.py {SMALL[script]} --runs-dir {folder} --run-name {name} {flags}"
     threads = torch.get_num_threads()
-
-    def run(script, flags="", name="run"):
-        command = f"{script}.py {SMALL[script]} --runs-dir {tmp_path} --run-name {name} {flags}"
-        monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command.split())
         importlib.import_module(script).main()
-        return tmp_path / name
-
-    yield run
     torch.set_num_threads(threads)
+    return folder / name
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("ppo_mujoco", "--seed 3", name="a"): a small run in this process and its folder."""
+    return lambda script, flags="", name="run": run_here(script, flags, tmp_path, name)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """finished("ppo_mujoco", flags): a small run that is made once. No test may change it."""
+
+    @functools.cache
+    def finished(script="ppo_mujoco", flags=""):
+        return run_here(script, flags, tmp_path_factory.mktemp("finished"), "run")
+
+    return finished
+
+
+def make_agent(obs_dim=2, action_dim=1, **flags):
+    """An agent of ppo_mujoco.py for a task with these dimensions and actions from -1 to 1."""
+    bounds = np.ones(action_dim, np.float32)
+    envs = SimpleNamespace(obs_dim=obs_dim, action_dim=action_dim, low=-bounds, high=bounds)
+    torch.manual_seed(0)
+    return ppo_mujoco.Agent(envs, ppo_mujoco.Args(**flags))
+
+
+def make_envs(env_id, num_envs=2, stream=0, obs_stats=None, **flags):
+    """Environments of ppo_mujoco.py."""
+    args = ppo_mujoco.Args(env_id=env_id, **{"obs_norm_steps": 100, **flags})
+    return ppo_mujoco.Envs(args, num_envs, stream, obs_stats)
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -100,7 +131,7 @@ class Process:
 def run_script(folder, path, flags, cwd, prepare):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(cwd or folder)
@@ -114,6 +145,10 @@ FAULTS = {
     "disk full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     "input/output": OSError(errno.EIO, os.strerror(errno.EIO)),
     "out of memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "out of CPU memory": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    "no locks": OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)),
+    "no function": OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)),
+    "not supported": OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)),
 }
 
 
@@ -145,6 +180,27 @@ def call(script, flags="", **kwargs):
     return Process(script, flags, **kwargs).wait()
 
 
+def contents(folder):
+    """{path: bytes} of all that is in a folder, except its lock, and args.json, which tells a
+    renamed run its name."""
+    paths = (path for path in folder.rglob("*") if path.name not in (".lock", "args.json"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def message(process, code):
+    """The line in which a process said why it ended with `code`; a traceback may stand before."""
+    assert process.returncode == code, (process.returncode, process.stderr)
+    lines = process.stderr.replace("\r", "\n").splitlines()
+    (line,) = (line for line in lines if ".py: error: " in line)
+    return line
+
+
+def one_line(process, code):
+    """The same, and no traceback."""
+    assert "Traceback" not in process.stderr, process.stderr
+    return message(process, code)
+
+
 def read_scalars(run_dir):
     """{tag: [(step, value), ...]} of a run's event files."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
@@ -154,14 +210,13 @@ def read_scalars(run_dir):
 
 
 def same_scalars(a, b, *but):
-    """Whether two runs logged the same, the speed and the tags that start with `but` aside."""
-    a, b = (
-        sorted(
-            x for x in read_scalars(run_dir).items() if not x[0].startswith(("charts/SPS", *but))
-        )
-        for run_dir in (a, b)
-    )
-    return repr(a) == repr(b)  # repr, since NaN is not equal to itself
+    """Whether two runs logged the same, except the speed and the tags that start with `but`."""
+    a, b = read_scalars(a), read_scalars(b)
+    tags = [tag for tag in {*a, *b} if not tag.startswith(("charts/SPS", *but))]
+    # repr, since NaN is not equal to itself
+    different = {x: (a.get(x), b.get(x)) for x in tags if repr(a.get(x)) != repr(b.get(x))}
+    print("different:", different)
+    return not different
 
 
 def checkpoints(run_dir):

@@ -1,8 +1,12 @@
 """Tiny tasks that isolate one part of PPO, tasks that misbehave, and tasks that do what real ones
-were reported to do. Used as --env-id probe_envs:NAME-v0."""
+were reported to do. Used as --env-id probe_envs:NAME-v0, and most of them with discrete actions as
+probe_envs:NAMEDiscrete-v0."""
+
+import threading
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 BOX = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
 
@@ -60,31 +64,6 @@ class Counter(gym.Env):
         return obs, float(self.steps), self.steps == 5, False, {}
 
 
-class Broken(gym.Env):
-    """From `fail_at` steps in the process on it raises, fails to reset or observes NaN."""
-
-    observation_space, action_space = anything(2), BOX
-    steps_taken, fail_at, failure = 0, 10**9, "raise"
-
-    def broken(self, failure):
-        return self.steps_taken >= self.fail_at and self.failure == failure
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if self.broken("reset"):
-            raise RuntimeError("the joint came off")
-        return self.np_random.normal(size=2), {}
-
-    def step(self, action):
-        type(self).steps_taken += 1
-        obs = self.np_random.normal(size=2)
-        if self.broken("raise"):
-            raise RuntimeError("the joint came off")
-        if self.broken("nan"):
-            obs[0] = np.nan
-        return obs, float(obs[0]), False, False, {}
-
-
 class Silent(gym.Env):
     """Cannot be made, and the error has no text."""
 
@@ -93,11 +72,15 @@ class Silent(gym.Env):
 
 
 class Drift(gym.Env):
-    """Observes N(50, 5) in two dimensions; the action moves it; 20 steps. What the tasks below
-    have in common."""
+    """Observes N(50, 5) in two dimensions; the action moves it; 20 steps. The tasks below change
+    one thing."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, discrete=False):
+        if discrete:
+            self.action_space = gym.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -108,7 +91,7 @@ class Drift(gym.Env):
         return self.place.astype(np.float32)
 
     def reward(self, action):
-        return float(action.sum())
+        return float(np.sum(action))
 
     def step(self, action):
         self.time += 1
@@ -116,13 +99,85 @@ class Drift(gym.Env):
         return self.look(), self.reward(action), self.time == 20, False, {}
 
 
+class Broken(Drift):
+    """From `fail_at` steps in the process on it does what `failure` names."""
+
+    steps_taken, fail_at, failure = 0, 10**9, ""
+
+    def broken(self, *failures):
+        if self.steps_taken < self.fail_at or self.failure not in failures:
+            return False
+        if self.failure.startswith("exit"):
+            raise SystemExit
+        return True
+
+    def reset(self, *, seed=None, options=None):
+        if self.broken("raise in reset", "exit in reset"):
+            raise RuntimeError("the joint came off")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        type(self).steps_taken += 1
+        if self.broken("raise in step", "exit in step", "raise, then exit in close"):
+            raise RuntimeError("the joint came off")
+        return super().step(action)
+
+    def look(self):
+        if self.broken("observe NaN"):
+            return np.full(2, np.nan)
+        return super().look()[: 1 if self.broken("observe less") else 2]
+
+    def close(self):
+        if self.failure == "raise, then exit in close":
+            raise SystemExit
+
+
+class Worker(Drift):
+    """Has a thread that ends only when the task is closed."""
+
+    def __init__(self, discrete=False):
+        super().__init__(discrete)
+        self.closed = threading.Event()
+        threading.Thread(target=self.closed.wait).start()
+
+    def close(self):
+        self.closed.set()
+
+
+class DrawsTorch(Drift):
+    """Draws from torch's generator, and seeds it."""
+
+    def reset(self, *, seed=None, options=None):
+        torch.manual_seed(seed)
+        return super().reset(seed=seed)
+
+    def look(self):
+        return super().look() + torch.randn(2).numpy()
+
+
+class OtherPlaces(Drift):
+    """Does not repeat its observations: its own generator ignores the seed."""
+
+    rng = np.random.default_rng(0)
+
+    def look(self):
+        return super().look() + self.rng.normal(size=2).astype(np.float32)
+
+
+class OtherRewards(OtherPlaces):
+    """Repeats its observations, and not its rewards."""
+
+    look = Drift.look
+
+    def reward(self, action):
+        return self.rng.normal()
+
+
 class OneArray(Drift):
     """Every observation is the same array, overwritten at each step."""
 
-    def __init__(self):
-        self.array = np.empty(2, np.float32)
-
     def look(self):
+        self.array = getattr(self, "array", np.empty(2, np.float32))
         self.array[:] = self.place
         return self.array
 
@@ -145,7 +200,7 @@ class TakesTheAction(Drift):
 
 
 class Picky(Drift):
-    """Raises where an action is not in its space."""
+    """Raises if an action is not in its space."""
 
     def reward(self, action):
         assert self.action_space.contains(action), (action, action.dtype)
@@ -169,9 +224,12 @@ class IntegerActions(Picky):
     action_space = gym.spaces.Box(-2, 2, (2,), np.int32)
 
 
-class ArrayReward(Drift):
-    def reward(self, action):
-        return np.array([super().reward(action)])
+class Arrays(Drift):
+    """Returns arrays of one element for the reward and the ends."""
+
+    def step(self, action):
+        obs, *outcome, info = super().step(action)
+        return obs, *(np.array([x]) for x in outcome), info
 
 
 class NoReward(Drift):
@@ -192,23 +250,11 @@ class Gym021(Drift):
         return obs, reward, terminated, info
 
 
-class LostLicence(Drift):
-    """A reset fails after some."""
-
-    resets = 0
-
-    def reset(self, *, seed=None, options=None):
-        type(self).resets += 1
-        if self.resets > 11:
-            raise RuntimeError("no licence")
-        return super().reset(seed=seed)
-
-
 gym.register("Target-v0", Target)
 gym.register("Clock-v0", Clock, max_episode_steps=10)
 gym.register("Counter-v0", Counter)
-gym.register("Broken-v0", Broken, max_episode_steps=20)
-for task in (Silent, OneArray, Constants, TakesTheAction, Picky64, PickyBounds, IntegerActions):
-    gym.register(f"{task.__name__}-v0", task)
-for task in (ArrayReward, NoReward, Gym021, LostLicence):
-    gym.register(f"{task.__name__}-v0", task)
+gym.register("Silent-v0", Silent)
+for task in list(vars().values()):
+    if isinstance(task, type) and issubclass(task, Drift):
+        gym.register(f"{task.__name__}-v0", task)
+        gym.register(f"{task.__name__}Discrete-v0", task, kwargs={"discrete": True})

@@ -1,18 +1,21 @@
-"""The scripts repeat what they share, and the copies are identical; every script reads top to
-bottom."""
+"""The scripts repeat what they share, and the copies are identical. Every script explains its flags
+and names its requirements."""
 
 import ast
-import builtins
+import importlib
 import itertools
 import re
+import sys
+import tomllib
 
 import pytest
+import tyro
 from conftest import ROOT
 
 TRAINING = ("ppo_mujoco", "ppo_atari", "ppo_toy")
 SCRIPTS = (*TRAINING, "capacity")
-OWN = {"Args", "Agent", "Envs", "check", "main"}  # what may differ under the same name
-RUN = {"Run"}  # that of the toy and of capacity.py
+OWN = {"Args", "Agent", "Envs", "check", "main"}  # what may differ under the same name,
+OWN_TOY = {"Run", "make_optimizer", "capacity_loss"}  # in the toy
 HEADERS = "Setup|Rollout|Advantages|Representation|PPO update|Trust region|Capacity loss|Logging"
 HEADERS = [*HEADERS.split("|"), "Checkpoint"]
 TEXTS = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
@@ -47,21 +50,32 @@ def sections(script, first, last):
 @pytest.mark.parametrize("ours, theirs", list(itertools.combinations(SCRIPTS, 2)))
 def test_the_same_name_is_the_same_text(ours, theirs):
     a, b = definitions(ours), definitions(theirs)
-    shared = a.keys() & b.keys() - OWN - (RUN if theirs in ("ppo_toy", "capacity") else set())
-    assert len(shared) >= (3 if theirs == "capacity" else 15)
+    own = {"ppo_toy": OWN | OWN_TOY, "capacity": OWN | {"Run"}}
+    shared = (a.keys() & b.keys()) - own.get(theirs, OWN)
+    assert shared
     different = sorted(name for name in shared if a[name] != b[name])
     assert different == [], ADVICE.format(" and ".join(different), ours, theirs)
 
 
 @pytest.mark.parametrize(
     "script, first, last",
-    [("ppo_atari", "Advantages", "Checkpoint"), ("ppo_toy", "Representation", "Capacity loss")],
+    [
+        ("ppo_atari", "Advantages", "Checkpoint"),
+        ("ppo_toy", "Representation", "Representation"),
+        ("ppo_toy", "Trust region", "Capacity loss"),
+    ],
 )
 def test_the_training_loop_is_the_same_text(script, first, last):
     ours, theirs = (sections(x, first, last) for x in ("ppo_mujoco", script))
-    assert len(ours.splitlines()) > 35
     what = f"The training loop from # {first} to the end of # {last}"
     assert ours == theirs, ADVICE.format(what, "ppo_mujoco", script)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_function_and_class_is_used(script):
+    for name, source in definitions(script).items():
+        rest = TEXTS[script].replace(source, "")
+        assert re.search(rf"(?m)^[^#\n]*\b{name}\b", rest), f"{script}.py does not use {name}"
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -70,55 +84,32 @@ def test_the_headers_are_the_same_landmarks_in_the_same_order(script):
     assert found == HEADERS
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_read(script):
+FLAGS = [(script, name) for script in SCRIPTS for name in definitions(script) if "Args" in name]
+
+
+@pytest.mark.parametrize("script, name", FLAGS)
+def test_every_flag_is_read(script, name):
     sources = definitions(script)
-    flags = [node for node in TREES[script].body if node.__class__ is ast.ClassDef]
-    for node in (node for node in flags if node.name.endswith("Args")):
-        text = "\n".join(source for name, source in sources.items() if name != node.name)
-        fields = [x.target.id for x in node.body if isinstance(x, ast.AnnAssign)]
-        unread = [field for field in fields if not re.search(rf"\bargs\.{field}\b", text)]
-        assert len(fields) > 8 and unread == [], f"{node.name}: no code reads {unread}"
+    text = "\n".join(source for other, source in sources.items() if other != name)
+    flags = re.findall(r"(?m)^    (\w+): ", sources[name])
+    unread = [flag for flag in flags if not re.search(rf"\bargs\.{flag}\b", text)]
+    assert len(flags) > 7 and unread == [], f"{name}: no code reads {unread}"
 
 
-def names_bound(node):
-    """Names that an import, a definition or an assignment binds."""
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return {node.name}
-    if isinstance(node, ast.Assign):
-        return {x.id for target in node.targets for x in ast.walk(target) if type(x) is ast.Name}
-    return set()
-
-
-def names_read(function):
-    """Names that a function reads and neither binds nor receives, inner functions included."""
-    bound, read = set(), set()
-    for node in ast.walk(function):
-        bound |= names_bound(node)
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            bound |= {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)}
-        elif isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-    return read - bound - set(dir(builtins)) - {"__file__"}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_functions_see_their_arguments_and_what_is_defined_above_them(script):
-    """What stands below main may be used above it: it is no part of PPO. No name of main is read
-    by another function."""
-    names = [name for node in TREES[script].body for name in names_bound(node)]
-    below = set(names[names.index("main") + 1 :]) if "main" in names else set()
-    seen = set()
-    for node in TREES[script].body:
-        seen |= names_bound(node)
-        parts = node.body if isinstance(node, ast.ClassDef) else [node]
-        for part in (part for part in parts if isinstance(part, ast.FunctionDef)):
-            unknown = names_read(part) - seen - below
-            assert unknown == set(), f"{node.name}.{part.name} reads {unknown}"
+@pytest.mark.filterwarnings("ignore:get_parser")
+@pytest.mark.parametrize("script, name", FLAGS)
+def test_the_help_of_every_flag_is_its_own_comment(script, name):
+    """The comment behind a flag, or above it; tyro also takes that of a section."""
+    source = definitions(script)[name]
+    behind = re.findall(r"(?m)^    (\w+): .*?  # (.+)$", source)
+    above = re.findall(r"(?m)((?:^    # .+\n)+)    (\w+): ", source)
+    comments = dict(behind) | {flag: re.sub(r"\s+(# )?", " ", text) for text, flag in above}
+    parser = tyro.extras.get_parser(getattr(importlib.import_module(script), name))
+    helps = {action.dest.replace("-", "_"): action.help for action in parser._actions}
+    assert len(helps) > 7
+    for flag, text in helps.items() - {("help", helps["help"])}:
+        said = re.sub(r"\s+", " ", re.sub(r"\x1b\[\d*m", "", text or "")).strip()
+        assert flag in comments and said.startswith(comments[flag].strip()), (flag, said)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -129,3 +120,30 @@ def test_no_import_fails_on_windows_or_macos(script):
     modules = {getattr(node, "module", None) or node.names[0].name for node in imports}
     assert not modules & {"fcntl", "resource", "termios", "pwd", "grp", "pty", "posix", "syslog"}
     assert not re.search(r"signal\.SIG(HUP|ALRM|USR|PIPE)|os\.(fork|getuid)", TEXTS[script])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_requirements_of_a_script_are_pinned_as_in_requirements_txt(script):
+    """PEP 723: `uv run` installs what the block at the script's end names."""
+    block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$\n\Z", TEXTS[script])
+    metadata = tomllib.loads(re.sub("(?m)^# ?", "", block[1]))
+    pins = metadata["dependencies"]
+    assert metadata["requires-python"] == ">=3.11" and pins == sorted(pins)
+    assert set(pins) <= set((ROOT / "requirements.txt").read_text().split())
+    named = {pin.partition("==")[0] for pin in pins}
+    assert imported(script) <= named
+    if script == "ppo_mujoco":
+        assert named >= {"mujoco", "imageio"}  # Gymnasium's MuJoCo tasks import both
+    if script == "capacity":  # imports the script of a run
+        assert named >= set().union(*map(imported, TRAINING), {"mujoco", "imageio"})
+
+
+def imported(script):
+    """The distributions that a script imports, tensorboard for torch.utils.tensorboard."""
+    names = set()
+    for node in ast.walk(TREES[script]):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {getattr(node, "module", None) or alias.name for alias in node.names}
+    names = {x.replace("torch.utils.tensorboard", "tensorboard").split(".")[0] for x in names}
+    distributions = {"ale_py": "ale-py", "cv2": "opencv-python-headless"}
+    return {distributions.get(x, x) for x in names - {*sys.stdlib_module_names, *SCRIPTS}}

@@ -40,44 +40,23 @@ def test_ranks_of_given_singular_values():
     assert ranks["torch_rank"] == 4
 
 
-def test_pca_rank_needs_more_than_99_percent():
-    assert (
-        script.feature_ranks(torch.diag(torch.tensor([99.0, 1.0]).sqrt()).double())["pca_rank"] == 2
-    )
-    assert (
-        script.feature_ranks(torch.diag(torch.tensor([99.5, 0.5]).sqrt()).double())["pca_rank"] == 1
-    )
-
-
 def test_srank_is_of_the_singular_values_and_pca_rank_of_their_squares():
+    for shares, rank in (([99.0, 1.0], 2), ([99.5, 0.5], 1)):  # more than 99 % are needed
+        features = torch.diag(torch.tensor(shares).sqrt()).double()
+        assert script.feature_ranks(features)["pca_rank"] == rank
     ranks = script.feature_ranks(matrix([10.0] + [0.5] * 10, 50, 20))
-    assert (ranks["pca_rank"], ranks["srank"]) == (
-        1 + 6,
-        11,
-    )  # (100 + 6 / 4) / 102.5 = 0.9902, 14.5 / 15 = 0.967
-
-
-@pytest.mark.parametrize("shape", [(3, 10), (10, 3), (1, 5), (5, 1), (1, 1)])
-def test_ranks_take_any_shape(shape):
-    features = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    ranks = script.feature_ranks(features)
-    assert ranks["torch_rank"] == min(shape)
-    assert 1 <= ranks["effective_rank"] <= min(shape) + 1e-9
+    # (100 + 6 / 4) / 102.5 = 0.9902, 14.5 / 15 = 0.967
+    assert (ranks["pca_rank"], ranks["srank"]) == (1 + 6, 11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_torch_rank_is_matrix_rank(dtype):
     generator = torch.Generator().manual_seed(0)
-    low_rank = torch.randn(100, 5, generator=generator, dtype=dtype) @ torch.randn(
-        5, 30, generator=generator, dtype=dtype
-    )
-    assert (
-        script.feature_ranks(low_rank)["torch_rank"]
-        == torch.linalg.matrix_rank(low_rank).item()
-        == 5
-    )
     full = torch.randn(100, 30, generator=generator, dtype=dtype)
-    assert script.feature_ranks(full)["torch_rank"] == torch.linalg.matrix_rank(full).item() == 30
+    low = full[:, :5] @ torch.randn(5, 30, generator=generator, dtype=dtype)
+    for features, rank in ((full, 30), (low, 5)):
+        assert torch.linalg.matrix_rank(features).item() == rank
+        assert script.feature_ranks(features)["torch_rank"] == rank
 
 
 @pytest.mark.parametrize("features", [torch.zeros(7, 3), torch.zeros(0, 3), torch.zeros(3, 0)])
@@ -118,12 +97,11 @@ def test_exact_ties_count_exactly(n):
 def test_ranks_lie_between_1_and_the_smaller_side(num_rows, num_columns, seed):
     features = torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(seed))
     for name, rank in script.feature_ranks(features).items():
-        # feature_rank alone is absolute: the largest singular value may lie below its threshold
-        least = (
-            int(torch.linalg.matrix_norm(features, 2) / num_rows**0.5 > 0.01)
-            if name == "feature_rank"
-            else 1
-        )
+        least = 1
+        if (
+            name == "feature_rank"
+        ):  # absolute: all may lie below its threshold
+            least = int(torch.linalg.matrix_norm(features, 2) / num_rows**0.5 > 0.01)
         assert least - 1e-9 <= rank <= min(num_rows, num_columns) + 1e-9, name
 
 
@@ -141,14 +119,11 @@ def test_dead_neurons():
 
 def test_dead_tanh_neurons_use_the_unbiased_standard_deviation():
     # Two samples +-x: the unbiased std is sqrt(2) x, the biased one x
-    column = torch.tensor([1.0, -1.0])
-    assert script.dead_neurons((column * 0.0009)[:, None], "tanh") == 0
-    assert script.dead_neurons((column * 0.0007)[:, None], "tanh") == 1
-
-
-def test_nan_is_not_dead():
-    assert script.dead_neurons(torch.full((5, 3), math.nan), "relu") == 0
-    assert script.dead_neurons(torch.full((5, 3), math.nan), "tanh") == 0
+    column = torch.tensor([[1.0], [-1.0]])
+    assert script.dead_neurons(column * 0.0009, "tanh") == 0
+    assert script.dead_neurons(column * 0.0007, "tanh") == 1
+    for activation in ("relu", "tanh"):
+        assert script.dead_neurons(torch.full((5, 3), math.nan), activation) == 0
 
 
 def test_ratio_stats_by_hand():
@@ -170,18 +145,14 @@ def test_ratio_stats_by_hand():
 
 def test_ratio_stats_without_samples_beyond_the_limits():
     stats = script.ratio_stats(torch.zeros(5), 0.2)
-    assert all(
-        math.isnan(stats[name]) for name in ("ratio_mean_above", "ratio_mean_below", "ratio_excess")
-    )
-    assert (stats["ratio_max"], stats["ratio_min"], stats["frac_above"], stats["frac_below"]) == (
-        1,
-        1,
-        0,
-        0,
-    )
+    means = ("ratio_mean_above", "ratio_mean_below", "ratio_excess")
+    assert all(math.isnan(stats.pop(name)) for name in means)
+    assert stats == {"ratio_max": 1, "ratio_min": 1, "frac_above": 0, "frac_below": 0}
     one_side = script.ratio_stats(torch.tensor([0.0, 1.0]), 0.2)
     assert one_side["ratio_mean_above"] == pytest.approx(math.e)
     assert math.isnan(one_side["ratio_mean_below"]) and math.isnan(one_side["ratio_excess"])
+    empty = script.ratio_stats(torch.tensor([]), 0.2)
+    assert empty.keys() == one_side.keys() and all(map(math.isnan, empty.values()))
 
 
 def test_ratio_stats_of_overflowing_ratios_are_finite():
@@ -204,10 +175,8 @@ def test_ratio_stats_clamps_averages_and_not_samples():
 
 
 def test_ratio_stats_clamps_after_float64():
-    # exp(20) in float32 would lose digits that the mean shows
-    assert script.ratio_stats(torch.tensor([20.0]), 0.2)["ratio_max"] == pytest.approx(
-        math.exp(20), rel=1e-12
-    )
+    largest = script.ratio_stats(torch.tensor([20.0]), 0.2)["ratio_max"]
+    assert largest == pytest.approx(math.exp(20), rel=1e-12)  # float32 would lose digits
 
 
 def test_gae_by_hand():
@@ -234,24 +203,16 @@ def test_gae_with_a_constant_critic_and_reward():
     # delta = r + (gamma - 1) c: A_t = delta (1 - (gamma lambda)^n) / (1 - gamma lambda), n to go
     gamma, lam, num_steps, r, c = 0.95, 0.9, 20, 2.0, 5.0
     values, zeros = torch.full((num_steps, 3), c), torch.zeros(num_steps, 3)
-    advantages, returns = script.compute_gae(
-        torch.full_like(values, r), values, values, zeros, zeros, gamma, lam
-    )
-    decay = gamma * lam
-    expected = [
-        (r + (gamma - 1) * c) * (1 - decay ** (num_steps - t)) / (1 - decay)
-        for t in range(num_steps)
-    ]
+    inputs = torch.full_like(values, r), values, values, zeros, zeros
+    advantages, returns = script.compute_gae(*inputs, gamma, lam)
+    delta, decay = r + (gamma - 1) * c, gamma * lam
+    expected = [delta * (1 - decay**n) / (1 - decay) for n in range(num_steps, 0, -1)]
     assert advantages[:, 1].tolist() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(returns, advantages + c)
 
 
 def test_gae_with_lambda_1_is_the_discounted_return():
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = (
-        torch.randn(30, 2, generator=generator),
-        torch.randn(30, 2, generator=generator),
-    )
+    rewards, values = torch.randn(2, 30, 2, generator=torch.Generator().manual_seed(0))
     next_values, ends = torch.cat([values[1:], torch.zeros(1, 2)]), torch.zeros(30, 2)
     ends[-1] = 1
     _, returns = script.compute_gae(rewards, values, next_values, ends, ends, 0.97, 1.0)

@@ -4,24 +4,22 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import checkpoints, make_envs, read_scalars
 
 import ppo_mujoco as script
 
 
-def make_envs(env_id, num_envs=2, stream=0, obs_stats=None, **flags):
-    args = script.Args(env_id=env_id, **{"obs_norm_steps": 100, **flags})
-    return script.Envs(args, num_envs, stream, obs_stats)
+def random_actions(envs, num_steps, seed=0):
+    shape = num_steps, len(envs.envs), envs.action_dim
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def mujoco_ids():
-    """Every registered MuJoCo task that a script should train on or refuse in one message."""
-    ids = [
-        x for x, spec in gym.registry.items() if "gymnasium.envs.mujoco" in str(spec.entry_point)
-    ]
-    return sorted(ids)
+    specs = gym.registry.items()
+    return sorted(x for x, spec in specs if "gymnasium.envs.mujoco" in str(spec.entry_point))
 
 
-@pytest.mark.parametrize("env_id", mujoco_ids())
+@pytest.mark.parametrize("env_id", [*mujoco_ids(), "Pendulum-v1"])
 def test_every_registered_mujoco_task_steps_or_is_refused(env_id, capsys):
     try:
         envs = make_envs(env_id, num_envs=1, obs_norm_steps=2)
@@ -30,29 +28,9 @@ def test_every_registered_mujoco_task_steps_or_is_refused(env_id, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert env_id in line and not env_id.endswith("-v5")  # mujoco-py is gone; Pusher-v4's file
         return
-    envs.reset()
-    obs, *_ = envs.step(random_actions(envs, 1)[0])
-    assert np.isfinite(obs).all()
-
-
-def random_actions(envs, num_steps, seed=0):
-    return (
-        np.random.default_rng(seed)
-        .normal(size=(num_steps, len(envs.envs), envs.action_dim))
-        .astype(np.float32)
-    )
-
-
-@pytest.mark.parametrize(
-    "env_id",
-    ["Hopper-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4", "Hopper-v5", "Ant-v5", "Pendulum-v1"],
-)
-def test_tasks_of_the_paper_and_others(env_id):
-    envs = make_envs(env_id)
     obs = envs.reset()
-    assert obs.dtype == np.float32 and obs.shape == (2, envs.obs_dim)
-    for actions in random_actions(envs, 5):
-        obs, *_ = envs.step(actions)
+    assert obs.dtype == np.float32 and obs.shape == (1, envs.obs_dim)
+    obs, *_ = envs.step(random_actions(envs, 1)[0])
     assert np.isfinite(obs).all()
 
 
@@ -72,8 +50,7 @@ def test_observation_statistics_are_those_of_uniform_random_steps():
 
 def test_constant_dimensions_keep_scale_1():
     envs = make_envs("probe_envs:Clock-v0")
-    assert envs.obs_std[1] == 1 and envs.obs_mean[1] == 3
-    assert envs.reset()[0, 1] == 0
+    assert envs.obs_std[1] == 1 and envs.obs_mean[1] == 3 and envs.reset()[0, 1] == 0
     humanoid = make_envs("Humanoid-v4", obs_norm_steps=300)
     assert (humanoid.obs_std == 1).sum() >= 41 and humanoid.obs_std.min() > 1e-6
 
@@ -100,26 +77,27 @@ def test_final_observations_and_statistics_of_every_episode():
         assert terminations == (ended, ended) and truncations == (False, False)
         assert rewards == ((step - 1) % 5 + 1,) * 2
         assert [o.tolist() for o in final_obs] == ([[5, (step + 4) // 5]] * 2 if ended else [])
-        assert (
-            obs[:, 0].tolist() == [step % 5] * 2
-        )  # after an end the first observation of the next episode
+        # after an end the first observation of the next episode
+        assert obs[:, 0].tolist() == [step % 5] * 2
     assert envs.finished == [(15.0, 5)] * 6
 
 
-def test_actions_reach_the_task_within_its_bounds():
-    envs = make_envs("probe_envs:Counter-v0")  # checks that it is given actions of its space
+@pytest.mark.parametrize(
+    "policy, expected",
+    [
+        ("tanh_normal", [[[-1, 1]], [[-3, -1 + 2 * np.tanh(0.5)]]]),
+        ("gaussian", [[[0, 1]], [[-3, 0.5]]]),
+    ],
+)
+def test_actions_reach_the_task_within_its_bounds(policy, expected):
+    envs = make_envs("probe_envs:Counter-v0", policy=policy)  # its bounds are -3 and 1
     envs.reset()
     envs.step(np.array([[0.0, 100.0], [-100.0, 0.5]], np.float32))
-    expected = [[[-1, 1]], [[-3, -1 + 2 * np.tanh(0.5)]]]
     np.testing.assert_allclose(envs.actions, expected, rtol=1e-6)
-    envs = make_envs("probe_envs:Counter-v0", policy="gaussian")
-    envs.reset()
-    envs.step(np.array([[0.0, 100.0], [-100.0, 0.5]], np.float32))
-    np.testing.assert_allclose(envs.actions, [[[0, 1]], [[-3, 0.5]]])
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4"])
-def test_replayed_episodes_go_on_bit_for_bit(env_id):
+def test_replayed_episodes_continue_bit_for_bit(env_id):
     envs = make_envs(env_id)
     other = make_envs(env_id, seed=5, obs_stats=envs.obs_stats)
     envs.reset()
@@ -152,3 +130,15 @@ def test_collected_states_are_what_the_agent_visits():
     assert len({tuple(state.tolist()) for state in states}) == 100
     again, _ = make_envs("Hopper-v4", num_envs=4).collect(agent, 100, seed=0)
     assert np.array_equal(states, again)
+
+
+def test_a_fork_with_another_batch_counts_from_its_own_step(run):
+    """SB3#978: the fork's last step, its first learning rate and its checkpoints."""
+    flags = "--total-timesteps 1024 --anneal-lr --capacity-interval 0"
+    parent = run("ppo_mujoco", flags + " --snapshot-interval 0.125", name="parent")
+    fork = f"{flags} --fork-from {checkpoints(parent)[384]} --num-steps 100"
+    folder = run("ppo_mujoco", fork, name="fork")
+    steps, rates = zip(*read_scalars(folder)["charts/learning_rate"])
+    assert steps == (584, 784, 984) and max(checkpoints(folder)) == 984
+    expected = [3e-4 * (1 - step / 1024) for step in (384, 584, 784)]
+    assert rates == pytest.approx(expected, rel=1e-5)

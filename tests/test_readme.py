@@ -1,7 +1,9 @@
-"""What the README and the notebook tell people to type is what the scripts accept, and the changes
-that the README ("Change it") and the page on Atari show work."""
+"""What the pages (README.md, .results/*.md) and the notebook tell people to type is accepted by the
+scripts. The changes and the Python code that they show work."""
 
+import importlib
 import importlib.util
+import itertools
 import math
 import re
 import shlex
@@ -12,73 +14,77 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, final_weights, read_scalars, same_weights
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob(".results/*.md")]}
+README = PAGES["README.md"]
 CELLS = nbformat.read(ROOT / "plots.ipynb", 4).cells
 NOTEBOOK = "\n".join(cell.source for cell in CELLS if cell.cell_type == "code")
+PLACEHOLDERS = {"$epochs": "10", "$pfo": "0", "$seed": "25", "$flags": "--run-name NAME"}
+PLACEHOLDERS |= {"--resume {}": "--resume --run-name NAME", "{}": "runs/NAME"}
 
 
 def commands():
-    """Every call of a script in the README and in the notebook's advice."""
-    readme = (
-        re.sub("<!--.*?-->", "", README)
-        .replace("$epochs", "10")
-        .replace("$pfo", "0")
-        .replace("$seed", "25")
-    )
-    readme = readme.replace("$flags", "--run-name NAME")
-    readme = readme.replace("--resume {}", "--resume --run-name NAME").replace("\\\n", " ")
-    collapse = re.search(r'COLLAPSE = "(.+)"', NOTEBOOK)
-    notebook = NOTEBOOK.replace("{COLLAPSE}", collapse[1] if collapse else "")
+    """Every call of a script in the code of the pages and in the notebook."""
+    text = re.sub("(?s)<!--.*?-->", "", "\n\n".join(PAGES.values()))
+    text = "\n".join(re.findall("(?s)```.*?```|`[^`]+`", text)).replace("\\\n", " ")
+    text += "\n" + "\n".join(x.replace("\n", " ") for x in re.findall('(?s)"""(.*?)"""', NOTEBOOK))
+    for placeholder, value in PLACEHOLDERS.items():
+        text = text.replace(placeholder, value)
     call = r"(ppo_mujoco|ppo_atari|ppo_toy|capacity)\.py((?: +[\w./*+:-]+)*)"
-    for script, flags in re.findall(call, readme + notebook):
+    for script, flags in re.findall(call, text):
         if script != "capacity" or flags:
             yield script, flags.replace(" --help", "")
-    for flags in re.findall(r'echo "(--[^"]+)"', readme):
+    for flags in re.findall(r'echo "(--[^"]+)"', text):
         yield "ppo_mujoco", flags
 
 
 @pytest.mark.parametrize("script, flags", sorted(set(commands())))
-def test_every_command_of_the_readme_is_accepted(monkeypatch, script, flags):
+def test_every_command_of_the_pages_is_accepted(monkeypatch, script, flags):
     module, words = importlib.import_module(script), shlex.split(flags)
     args = module.Args
-    if script == "ppo_toy" and words[:1] != ["train"]:
-        args = module.ToyArgs
-    elif script == "ppo_toy":
-        words = words[1:]
+    if script == "ppo_toy":
+        args = module.Args if words[:1] == ["train"] else module.ToyArgs
+        words = words[words[:1] == ["train"] :]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     args = module.tyro.cli(args)
-    if hasattr(module, "check") and hasattr(args, "minibatch_size"):
+    if hasattr(args, "total_timesteps"):
         module.check(args)
 
 
-def test_the_readme_names_every_tag(run):
+def test_the_readme_names_every_tag(finished):
     """The table "Logged tags" names each tag that a run writes, whole or by its last part."""
     table = README.partition("## Logged tags")[2].partition("\n## ")[0]
-    for tag in read_scalars(run("ppo_mujoco")):
+    for tag in read_scalars(finished("ppo_mujoco")):
         assert re.search(rf"\b{tag.rpartition('/')[2]}\b", table), tag
 
 
-def test_files_that_the_readme_shows_exist():
-    paths = re.findall(r"\]\(([.\w/-]+)\)", README)
-    assert len(paths) >= 3 and all((ROOT / path).exists() for path in paths)
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    titles = re.findall("(?m)^#+ (.+)$", re.sub("(?s)```.*?```", "", page))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def changes():
+@pytest.mark.parametrize("name", PAGES)
+def test_files_and_sections_that_a_page_links_exist(name):
+    folder = ROOT if name == "README.md" else ROOT / ".results"
+    page = re.sub("(?s)<!--.*?-->|```.*?```|`[^`]*`", "", PAGES[name])
+    for path, section in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page):
+        assert (folder / path).exists(), path
+        assert not section or section in anchors(PAGES[path.rpartition("/")[2] or name]), section
+
+
+def changes(page):
     """(script, diff) of each ```diff block below a line <!-- change: SCRIPT.py ... -->."""
-    block = r"<!-- change: ([\w. ]+) -->\n+```diff\n(.*?)```"
-    text = README + (ROOT / ".results/atari.md").read_text()
-    found = re.findall(block, text, re.DOTALL)
+    found = re.findall(r"(?s)<!-- change: ([\w. ]+) -->\n+```diff\n(.*?)```", page)
     return [(x.removesuffix(".py"), diff) for names, diff in found for x in names.split()]
 
 
-CHANGES = changes()
-IDS = [f"{script}: {re.findall('(?m)^[+](.*)', diff)[0].strip()[:40]}" for script, diff in CHANGES]
+CHANGES = list(dict.fromkeys(x for page in PAGES.values() for x in changes(page)))
+RECIPES = [x for x in CHANGES if x in changes(PAGES["recipes.md"])]
 
 
-@pytest.mark.parametrize("script", SMALL)
-@pytest.mark.parametrize("word", ["losses[", "LayerNorm"])
-def test_the_readme_shows_a_regulariser_and_layer_norm_for_every_script(script, word):
-    assert any(script == x and word in diff for x, diff in CHANGES)
+def title(change):
+    script, diff = change
+    return f"{script}: {re.findall('(?m)^[+](.*)', diff)[-1].strip()[:40]}"
 
 
 def apply_change(text, diff, name):
@@ -95,11 +101,13 @@ def apply_change(text, diff, name):
 
 @pytest.fixture
 def changed(tmp_path, monkeypatch):
-    """changed("ppo_mujoco", diff, "--seed 3"): the run of a changed script, and its module."""
+    """changed("ppo_mujoco", [diff], "--seed 3"): the run of a changed script, and its module."""
 
-    def changed(script, diff, flags="", name="changed"):
-        path = tmp_path / f"{script}.py"
-        path.write_text(apply_change((ROOT / path.name).read_text(), diff, path.name))
+    def changed(script, diffs, flags="", name="changed"):
+        path, text = tmp_path / f"{script}.py", (ROOT / f"{script}.py").read_text()
+        for diff in diffs:
+            text = apply_change(text, diff, path.name)
+        path.write_text(text)
         spec = importlib.util.spec_from_file_location(script, path)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, script, module)
@@ -112,13 +120,20 @@ def changed(tmp_path, monkeypatch):
     return changed
 
 
-@pytest.mark.parametrize("script, diff", CHANGES, ids=IDS)
-def test_a_change_of_the_readme_runs_and_changes_the_weights(run, changed, script, diff):
-    flags = "--activation relu --learning-rate 0.02"  # with which neurons die
-    plain, (run_dir, _) = run(script, flags, name="plain"), changed(script, diff, flags)
+@pytest.mark.parametrize("script, diff", CHANGES, ids=map(title, CHANGES))
+def test_a_change_of_a_page_runs_and_changes_the_weights(finished, changed, script, diff):
+    flags = "--activation relu --learning-rate 0.02 --width 32"  # so that neurons die,
+    flags += " --capacity-interval 0 --update-epochs 8"  # and some ratios are large
+    if script == "ppo_atari":
+        flags += " --total-timesteps 288"
+    if "// 1000" in diff:  # ReDo acts at the 1,000th gradient step
+        atari = " --minibatch-size 2 --update-epochs 21"
+        flags += atari if script == "ppo_atari" else " --update-epochs 32"
+    plain = finished(script, flags)
+    run_dir, _ = changed(script, [diff], flags)
     weights, scalars = final_weights(run_dir), read_scalars(run_dir)
     assert all(p.isfinite().all() for p in weights.values())
-    assert scalars["representation/actor/pca_rank"][-1][0] in (512, 768)
+    assert scalars["representation/actor/pca_rank"][-1][0] in (512, 288)
     assert not same_weights(run_dir, plain)
     new = set(re.findall(r'(?m)^\+.*losses\["(\w+)"\]', diff))
     for name in new:  # a loss is logged under its own name, at every log point
@@ -127,49 +142,123 @@ def test_a_change_of_the_readme_runs_and_changes_the_weights(run, changed, scrip
         assert all(math.isfinite(value) for _, value in points)
 
 
-def with_layer_norm():
-    return [(script, diff) for script, diff in CHANGES if "LayerNorm" in diff]
+def replaced(diff):
+    """The lines that a diff removes, and those that build the network."""
+    return {line[1:] for line in diff.splitlines() if re.match("-| .*nn.Linear", line)}
 
 
-@pytest.mark.parametrize("script, diff", with_layer_norm())
+@pytest.mark.parametrize("script", SMALL)
+def test_recipes_that_change_different_lines_apply_together(changed, script):
+    diffs = [diff for name, diff in RECIPES if name == script]
+    for pair in itertools.combinations(diffs, 2):
+        if not replaced(pair[0]) & replaced(pair[1]):
+            text = (ROOT / f"{script}.py").read_text()
+            for diff in pair:
+                text = apply_change(text, diff, script)
+            compile(text, script, "exec")
+    both = [diff for diff in diffs if re.search(r"LayerNorm|AdamW\(", diff)]
+    assert len(both) == 2 and changed(script, both)
+
+
+@pytest.mark.parametrize("script, diff", [x for x in CHANGES if "LayerNorm" in x[1]])
 def test_with_layer_norm_the_preactivations_are_those_after_it(changed, script, diff):
-    """It is what the ranks and norms see, what PFO holds and what the NumPy actor computes."""
+    """They are what the ranks and norms see, what PFO acts on and what the NumPy actor computes."""
     diff = re.sub(r"(?m)^(\+.*LayerNorm\()([^,)\n]+)\)", r"\1\2, elementwise_affine=False)", diff)
-    run_dir, module = changed(script, diff, "--width 32")
+    run_dir, module = changed(script, [diff], "--width 32")
     scalars = read_scalars(run_dir)
     for network in ("actor", "critic"):
         for _, norm in scalars[f"representation/{network}/preactivation_norm"]:
-            # a normalised vector of `width` numbers, less the 1e-5 that LayerNorm adds
+            # a normalised vector of `width` numbers, except for the 1e-5 that LayerNorm adds
             assert norm == pytest.approx(math.sqrt(32), rel=5e-2)
-    pfo_dir, _ = changed(script, diff, "--width 32 --pfo-coef 100", name="pfo")
-    assert not same_weights(run_dir, pfo_dir)
+    pfo_dir, _ = changed(script, [diff], "--width 32 --pfo-coef 100", name="pfo")
     drift = "trust_region/preactivation_drift"
     without, with_pfo = (sum(v for _, v in read_scalars(x)[drift]) for x in (run_dir, pfo_dir))
     assert with_pfo < without
     if script == "ppo_mujoco":
-        assert_numpy_actor_agrees(module, run_dir)
+        agent, envs, _ = load(module, run_dir / "latest.pt")
+        assert_the_numpy_actor_agrees(module, agent, envs)
 
 
-def assert_numpy_actor_agrees(module, run_dir):
-    (path, *_) = run_dir.glob("checkpoints/512.pt")
+def load(module, path):
     state = torch.load(path, weights_only=True)
     args = module.Args(**state["args"])
     envs = module.Envs(args, 1, stream=0, obs_stats=state["obs_stats"])
-    agent = module.Agent(envs, args)
+    agent = module.Agent(envs, args).eval()
     agent.load_state_dict(state["agent"])
+    return agent, envs, args
+
+
+def assert_the_numpy_actor_agrees(module, agent, envs):
     obs, noise = torch.randn(50, envs.obs_dim), torch.randn(50, envs.action_dim)
     with torch.no_grad():
-        outputs = agent(obs)
-        loc, scale = agent.normal(outputs.policy)
-    assert outputs.held.pow(2).mean(1).sqrt().mean() == pytest.approx(1, rel=0.05)
-    u = (loc + scale * noise).clamp(-3, 3)
-    ours = torch.from_numpy(agent.numpy_actor()(obs.numpy(), noise.numpy())).clamp(-3, 3)
-    torch.testing.assert_close(ours, u, rtol=1e-3, atol=1e-4)
+        loc, scale = agent.normal(agent(obs).policy)
+    ours = torch.from_numpy(module.numpy_actor(agent)(obs.numpy(), noise.numpy())).clamp(-3, 3)
+    torch.testing.assert_close(ours, (loc + scale * noise).clamp(-3, 3), rtol=1e-3, atol=1e-4)
 
 
-def test_a_diff_that_does_not_fit_is_an_error():
-    text = "a = 1\nb = 2\nb = 2\n"
-    assert apply_change(text, "-a = 1\n+a = 3\n b = 2\n", "x") == "a = 3\nb = 2\nb = 2\n"
-    for diff in ("-c = 1\n+c = 2\n", "-b = 2\n+b = 3\n"):
-        with pytest.raises(AssertionError, match="exactly once"):
-            apply_change(text, diff, "x")
+THIRD_LAYER = """
+                 nn.Linear(envs.obs_dim, args.width),
++                nn.Tanh(),
++                nn.Linear(args.width, args.width),
+                 self.activation,
+"""
+
+
+@pytest.mark.parametrize("script", ["ppo_mujoco", "ppo_toy"])
+def test_pfo_acts_on_a_new_layer_with_a_new_activation(changed, script):
+    flags = "--pfo-layers all --pfo-coef 1 --width 16"
+    run_dir, module = changed(script, [THIRD_LAYER], flags)
+    agent, envs, _ = load(module, run_dir / "checkpoints/512.pt")
+    obs, trunk = torch.randn(5, envs.obs_dim), agent.actor_trunk
+    expected = torch.cat([trunk[:1](obs), trunk[:3](obs), trunk(obs)], 1)
+    assert expected.shape == (5, 3 * 16) and torch.equal(agent(obs).pfo_preactivations, expected)
+
+
+SPECTRAL_NORM = """
+-                nn.Linear(envs.obs_dim, args.width),
++                nn.utils.parametrizations.spectral_norm(nn.Linear(envs.obs_dim, args.width)),
+                 self.activation,
+-                nn.Linear(args.width, args.width),
++                nn.utils.parametrizations.spectral_norm(nn.Linear(args.width, args.width)),
+"""
+COMPARE_ACTIONS = """
+         b_logprobs = agent.log_prob(old.policy, b_actions)
++        loc, scale = agent.normal(old.policy)
++        expected = loc + scale * torch.from_numpy(noise).flatten(0, 1)
++        torch.testing.assert_close(b_actions, expected, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_spectral_norm_acts_as_it_scores_and_resumes(changed, monkeypatch):
+    """Its layers differ in training mode, and their type is not nn.Linear."""
+    flags = "--action-logprob sampled --learning-rate 0.01"
+    whole, module = changed("ppo_mujoco", [SPECTRAL_NORM, COMPARE_ACTIONS], flags, name="whole")
+    changed("ppo_mujoco", [SPECTRAL_NORM], f"{flags} --total-timesteps 256", name="run")
+    run_dir, _ = changed("ppo_mujoco", [SPECTRAL_NORM], f"{flags} --resume", name="run")
+    assert same_weights(run_dir, whole)
+    agent, envs, _ = load(module, whole / "latest.pt")
+    assert_the_numpy_actor_agrees(module, agent, envs)
+    act = module.numpy_actor(agent)
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)  # the actor does without torch
+    act(envs.reset(), agent.noise(1, 1)[0])
+
+
+BLOCKS = {
+    name: code
+    for page in PAGES.values()
+    for name, code in re.findall(r"(?s)<!-- tried: ([\w-]+) -->\n+```python\n(.*?)```", page)
+}
+
+
+def test_the_code_that_loads_an_agent_runs(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").symlink_to(tmp_path)
+    run("ppo_mujoco", name="NAME")
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS["watch"], {})
+    assert capsys.readouterr().out.strip().endswith(")]")
+
+
+def test_the_code_that_watches_another_library_runs(tmp_path, monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS["stable-baselines3"].replace("10_000", "3_000"), {})
