@@ -1141,19 +1141,20 @@ class Run:
         """Cut event files back to what the state knows of them, and begin a new one. Event files
         that the state does not know are renamed."""
         self.logs = self.saved["logs"] if self.continued else {}  # {name: [size, crc]}
-        newest = 0
-        for path in {self.dir / name for name in self.logs} | set(self.dir.glob(f"{EVENTS}*")):
+        paths = {self.dir / name for name in self.logs} | set(self.dir.glob(f"{EVENTS}*"))
+        for path in paths:
             regular = path.parent == self.dir and path.is_file() and not path.is_symlink()
             if not regular or not path.name.startswith(EVENTS):
                 fail(f"{path} is missing, or not a regular file of this run")
-            if path.name not in self.logs:
-                path.rename(self.dir / path.name.replace(EVENTS, "unsaved-events."))
-                continue
-            size, crc = self.logs[path.name]
+            size, crc = self.logs.get(path.name, (0, 0))
             if zlib.crc32(path.read_bytes()[:size]) != crc:
                 fail(f"{path} is damaged or cut: restore it, or use another --run-name")
-            os.truncate(path, size)
-            newest = max(newest, int(path.name.split(".")[3]))
+        for path in paths:
+            if path.name in self.logs:
+                os.truncate(path, self.logs[path.name][0])
+            else:
+                path.rename(self.dir / path.name.replace(EVENTS, "unsaved-events."))
+        newest = max((int(name.split(".")[3]) for name in self.logs), default=0)
         # TensorBoard reads event files in the order of the times in their names
         with mock.patch("time.time", return_value=max(time.time(), newest + 1)):
             self.writer = SummaryWriter(self.dir)
