@@ -122,6 +122,8 @@ def is_step(name):
 def import_script(path):
     """The script at `path` as a module, whose name is that of no other module."""
     spec = importlib.util.spec_from_file_location(f"--script {path}", path)
+    if spec is None:
+        raise ImportError("it is not a .py file")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script  # dataclasses look their module up
     spec.loader.exec_module(script)

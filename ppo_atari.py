@@ -733,11 +733,12 @@ def read_state(path):
             if file.testzip():  # torch.load would not notice a flipped bit
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != Path(__file__).stem or not 0 <= state["global_step"] < 10**12:
-            raise ValueError(f"step {state['global_step']} of {state['script']}.py")
+        step = state["global_step"]
+        if state["script"] != Path(__file__).stem or type(step) is not int or step < 0:
+            raise ValueError(f"step {step!r} of {state['script']}.py")
         return state
     except Exception as error:  # a damaged file can raise almost anything
-        reason = f"{path} is damaged or not a checkpoint of this script: {error!r}"
+        reason = f"{path} is damaged or not a checkpoint of this script: {str(error)[:200]}"
         raise zipfile.BadZipFile(reason) from None
 
 
@@ -875,6 +876,7 @@ class Envs:
         if not reseeded:
             self.rng.bit_generator.state, self.mask_rng.bit_generator.state = state["rngs"]
         if state["settings"] != self.settings or len(state["seeds"]) != len(self.seeds):
+            say("the environments begin new episodes")
             return self.reset()
         self.seeds[:] = state["seeds"]
         self.returns[:] = 0
@@ -930,9 +932,11 @@ class Run:
         self.resumed = args.resume and self.dir.exists()
         if self.resumed:
             self.saved = self.newest_state()
-        elif args.fork_from:
+        self.continued = bool(self.saved)  # from a state of its own
+        # Its flags are known: they are in its state, or in args.json if it has none yet
+        self.begun = self.continued or self.resumed and (self.dir / "args.json").is_file()
+        if args.fork_from and not self.begun:
             self.saved = read_state(args.fork_from)
-        self.continued = self.resumed and bool(self.saved)  # from a state of its own
         self.args = self.inherit(args) if self.resumed or self.saved else args
         check(self.args)
         self.args.run_name = self.args.run_name or default_name(self.args)
@@ -956,7 +960,7 @@ class Run:
     def inherit(self, args):
         """The flags of the resumed run or of the fork's parent, except those given."""
         own = {"runs_dir": args.runs_dir, "run_name": args.run_name, "resume": args.resume}
-        source = self.dir / "args.json" if self.resumed else args.fork_from
+        source = args.fork_from if self.saved and not self.begun else self.dir / "args.json"
         try:
             if self.saved:
                 flags = self.saved["args"]
@@ -965,7 +969,7 @@ class Run:
             else:
                 say(f"{self.dir} has no args.json: the run starts with the flags given now")
                 return args
-            if not self.resumed:
+            if not self.begun:
                 own |= {"fork_from": args.fork_from, "fork_step": self.saved["global_step"]}
             before = Args(**flags | own)
         except (KeyError, TypeError, ValueError) as error:  # a flag that is gone
@@ -975,7 +979,7 @@ class Run:
         then = asdict(before)
         changed = {k: f"{k} {then[k]} is now {x}" for k, x in asdict(args).items() if x != then[k]}
         fixed = {"env_id", "width", "share_trunk"}  # these decide the shapes of the weights
-        if self.resumed:  # only what affects no result may change
+        if self.begun:  # only what affects no result may change
             free = {"cuda", "track"}
             end = self.saved["global_step"] if self.saved else 0
             steps = range(args.fork_step, end, args.num_envs * args.num_steps)
@@ -984,12 +988,12 @@ class Run:
                 free.add("total_timesteps")
             fixed = {k for k in changed if k not in free and not k.endswith("_interval")}
         wrong = "; ".join(text for name, text in changed.items() if name in fixed)
-        if wrong and self.resumed:
+        if wrong and self.begun:
             fail(f"a resumed run keeps its flags: {wrong}; leave these out, or use --fork-from")
         if wrong:
             fail(f"a fork keeps the shapes of its networks: {wrong}; leave these out")
-        what = self.dir if self.resumed else f"a fork of {args.fork_from}, step {args.fork_step}"
-        if changed or not self.resumed:
+        what = self.dir if self.begun else f"a fork of {args.fork_from}, step {args.fork_step}"
+        if changed or not self.begun:
             say(f"{what}: {'; '.join(changed.values()) or 'no flag changes'}")
         return args
 
@@ -1006,18 +1010,20 @@ class Run:
         if self.continued and (step - self.args.fork_step) % batch_size:
             fail(f"the step {step} of the state is not at the end of an iteration")
         try:
-            next_obs = self.restore(**self.saved) if self.saved else envs.reset()
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            fail(f"the run cannot start from step {step}: {error!r}")
+            next_obs = self.restore(**self.saved) if self.saved else None
+        except Exception as error:  # a state that was edited can raise almost anything
+            fail(f"the state of step {step} cannot be restored: {error!r}")
+        if not self.saved:
+            next_obs = envs.reset()
         if self.args.track:
             wandb = importlib.import_module("wandb")
             run_id = re.sub(r"[^a-zA-Z0-9_-]", "-", self.args.run_name)
             settings = {"id": run_id, "resume": "allow", "sync_tensorboard": True}
             wandb.init(name=self.args.run_name, config=asdict(self.args), **settings)
         self.make_folder()
+        self.open_log()
         write_file(self.dir / "args.json", json.dumps(asdict(self.args), indent=2).encode())
         self.keep_script(step)
-        self.open_log()
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         if not self.continued:
             self.log_flags(step)
@@ -1034,7 +1040,8 @@ class Run:
         if versions != self.versions:
             before = f"the run was made with {versions}, this is {self.versions}"
             say(f"the run will not be bit-identical: {before}")
-        self.scalars = scalars
+        self.scalars = dict(scalars)
+        self.logs = {name: [int(size), int(crc)] for name, (size, crc) in logs.items()}
         reseeded = args["seed"] != self.args.seed
         try:
             self.agent.load_state_dict(agent)
@@ -1067,7 +1074,8 @@ class Run:
                 shutil.rmtree(self.dir)
             fail(f"the disk cannot lock {self.lock.lock_file}: {error}")
         Run.started = True
-        Run.advice = f"{self.dir} holds no state"
+        kept = "keeps its states" if self.continued else "holds no state"
+        Run.advice = f"{self.dir} {kept}"
 
     def keep_script(self, step):
         """Copy this script into the folder, so that one can see which code made the run."""
@@ -1081,7 +1089,7 @@ class Run:
     def open_log(self):
         """Cut event files back to what the state knows of them, and begin a new one. Event files
         that the state does not know are renamed."""
-        self.logs = self.saved["logs"] if self.continued else {}  # {name: [size, crc]}
+        self.logs = self.logs if self.continued else {}  # {name: [size, crc]}
         paths = {self.dir / name for name in self.logs} | set(self.dir.glob(f"{EVENTS}*"))
         for path in paths:
             regular = path.parent == self.dir and path.is_file() and not path.is_symlink()
