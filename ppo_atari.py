@@ -142,7 +142,7 @@ class Args:
 
 
 class Outputs(NamedTuple):
-    """What the networks compute for a batch of observations."""
+    """The outputs of the networks for a batch of B observations."""
 
     policy: torch.Tensor  # (B, P), as Agent describes it
     values: torch.Tensor  # (B,)
@@ -241,16 +241,15 @@ class Agent(nn.Module):
 
 @torch.no_grad()
 def evaluate(agent, obs):
-    """The Outputs for `obs` (N, ...), computed in chunks, which bounds the memory."""
+    """The Outputs for `obs` (N, ...), computed in chunks to save memory."""
     return Outputs(*map(torch.cat, zip(*(agent(chunk) for chunk in obs.split(1024)))))
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-
-    All arguments are (T, E). `next_values` are the values of the true next observations, at an
-    episode's end of its last one. They are ignored where the episode terminated. No advantage
-    flows across `dones`."""
+    All arguments are (T, E). `next_values` are the values of the true next observations: at the
+    end of an episode, of its last observation. They are ignored if the episode terminated. No
+    advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -262,8 +261,8 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def minibatches(batch, minibatch_size):
-    """One epoch: the tensors (N, ...) of the dict `batch`, shuffled together and cut into dicts of
-    minibatches (B, ...). An incomplete last minibatch is dropped."""
+    """Yield the minibatches of one epoch: dicts of tensors (B, ...), cut from the tensors (N, ...)
+    of the dict `batch` in random order. An incomplete last minibatch is dropped."""
     num_minibatches = len(batch["obs"]) // minibatch_size
     order = torch.randperm(len(batch["obs"]))[: num_minibatches * minibatch_size]
     order = order.to(batch["obs"].device, non_blocking=True)
@@ -273,8 +272,8 @@ def minibatches(batch, minibatch_size):
 
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
-    """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
-    The equation has a "sum" over K; the published coefficients were used with the "mean"."""
+    """Proximal Feature Optimization (equation 2): the mean squared change of (B, K).
+    Equation 2 has a "sum" over K, but the paper's coefficients were used with the "mean"."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
 
@@ -311,8 +310,7 @@ def flat_vector(tensors):
 
 
 def clipped_gradient(agent, loss, max_grad_norm):
-    """The gradient of `loss` as one vector per group of the agent, clipped, and the norms before
-    that."""
+    """The clipped gradient of `loss`, one vector per group, and the norms before clipping."""
     parameters = [p for group in agent.groups for p in group]
     gradient = flat_vector(torch.autograd.grad(loss, parameters))
     parts = gradient.split([sum(p.numel() for p in group) for group in agent.groups])
@@ -322,8 +320,8 @@ def clipped_gradient(agent, loss, max_grad_norm):
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector per group of the agent, and these vectors; the agent's parameters become
-    views of them. Clipping and stepping one tensor instead of many saves an eighth of an eager
+    """Returns Adam and its vectors, one per group of the agent. The agent's parameters become views
+    of the vectors. Clipping and updating one tensor instead of many saves an eighth of an eager
     gradient step and two fifths of a compiled one."""
     vectors = [nn.Parameter(flat_vector(group).detach()) for group in agent.groups]
     for group, vector in zip(agent.groups, vectors):
@@ -497,7 +495,7 @@ def main():
 def feature_ranks(features):
     """The five rank measures of the paper's appendix E for `features` (N, D): a dict of floats.
 
-    With sigma the singular values of the uncentred matrix and delta = 0.01: `effective_rank` (Roy &
+    They use the singular values of the uncentred matrix: `effective_rank` (Roy &
     Vetterli 2007), `pca_rank` (Yang et al. 2020; the paper's figures), `srank` (Kumar et al. 2021),
     `feature_rank` (Lyle et al. 2022), `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero
     or empty matrix and NaN if an entry is not finite."""
@@ -524,9 +522,9 @@ def feature_ranks(features):
 
 @torch.no_grad()
 def dead_neurons(features, activation):
-    """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
-    on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
-    ValueError for another `activation`."""
+    """The number of dead neurons among the columns of `features` (N, D) (footnote 7). A dead neuron
+    is 0 on all samples ("relu"), or its standard deviation is below 0.001 ("tanh"). NaN is not
+    dead. Raises ValueError for another `activation`."""
     if activation not in ("relu", "tanh"):
         raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
     dead = (features == 0).all(0) if activation == "relu" else features.std(0) < 0.001
@@ -537,10 +535,11 @@ def dead_neurons(features, activation):
 def ratio_stats(logratio, clip_coef):
     """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
 
-    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
-    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
-    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
-    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
+    `logratio` holds log pi_new(a|s) - log pi_old(a|s), in any shape. `ratio_mean_above` and
+    `ratio_mean_below` are means over the samples beyond the limits, or NaN if there are none.
+    `ratio_excess` is their quotient. `frac_above` and `frac_below` are the shares of these samples.
+    Means and extremes are clamped to [1e-12, 1e12] (appendix B.3), so that a diverged policy still
+    gives a number."""
     ratio = logratio.double().exp().flatten()
     above = ratio > 1 + clip_coef
     below = ratio < 1 - clip_coef
@@ -555,9 +554,9 @@ def ratio_stats(logratio, clip_coef):
 
 @torch.no_grad()
 def representation(agent, args, network, outputs):
-    """Ranks, dead neurons and L2 norms of the `network`, "actor" or "critic": a dict of numbers.
-    They are those of its last hidden layer in the Outputs for N states. Norms are means over the
-    states, `weight_norm` is that of all weights and biases."""
+    """Ranks, dead neurons and L2 norms of the `network` ("actor" or "critic"): a dict of numbers.
+    They describe its last hidden layer; `outputs` are the Outputs for N states. Norms are means
+    over the states, but `weight_norm` is the norm of all weights and biases."""
     preactivations = getattr(outputs, f"{network}_preactivations")
     features = agent.activation(preactivations)
     trunk = getattr(agent, f"{network}_trunk")
@@ -586,15 +585,15 @@ HERMITE, LEGENDRE = quadrature()
 
 @torch.no_grad()
 def capacity_target(target, frames, index):
-    """The capacity data: (frames, index), and the target's policies (N, P) and values (N,)."""
+    """The capacity data: frames and index of N states, target's policies (N, P), values (N,)."""
     device = next(target.parameters()).device
     outputs = [target(frames[chunk].to(device))[:2] for chunk in index.split(1024)]
     return frames, index, *(torch.cat(parts) for parts in zip(*outputs))
 
 
 def collect_capacity_data(args, envs, collector, target):
-    """The capacity data of a run: states that `collector` visits in environments of their own, and
-    what `target` computes for them. Leaves torch's random generator as it was."""
+    """The capacity data of a run: states that `collector` visits in separate environments, and
+    the outputs of `target` for them. Does not change torch's random generator."""
     with torch.random.fork_rng(devices=[]):  # a task may draw from it
         capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
         states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
@@ -604,11 +603,11 @@ def collect_capacity_data(args, envs, collector, target):
 def capacity_loss(agent, args, frames, index, target_policies, target_values, adam_state=None):
     """The loss that remains after a copy of the agent was fitted to a random target (section 2).
 
-    The actor's loss is the mean KL(target || copy), the critic's the mean squared error. Adam with
-    the run's settings, fresh or from `adam_state`, fits for `capacity_epochs` epochs; every fit
-    uses the same shuffles, from a generator of its own. Returns floats: `actor` and `critic` on
-    all data after the fit, and `actor_last_minibatch` and `critic_last_minibatch` before its last
-    step."""
+    The actor's loss is the mean KL(target || copy); the critic's loss is the mean squared error.
+    Adam has the run's settings, and starts fresh or from `adam_state`. A fit has `capacity_epochs`
+    epochs and its own random generator, so that every fit uses the same shuffles. Returns floats:
+    `actor` and `critic` are the losses on all data after the fit, `actor_last_minibatch` and
+    `critic_last_minibatch` are those on its last minibatch, before the gradient step."""
     device = target_values.device
     copied = copy.deepcopy(agent).train()
     optimizer, vectors = make_optimizer(copied, args)
@@ -641,10 +640,10 @@ def capacity_loss(agent, args, frames, index, target_policies, target_values, ad
 
 
 def compiled(function, device):
-    """`function` as one compiled graph; on CUDA a CUDA graph, whose outputs are copied, because
-    its next replay overwrites them."""
+    """Compile `function` as one graph. On CUDA it is a CUDA graph; its outputs are copied, because
+    the next replay overwrites them."""
     torch._dynamo.config.trace_autograd_ops = True  # backward and clipping in the same graph
-    torch._inductor.config.fallback_random = True  # the eager script's random numbers
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager script
     torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
     if device.type == "cpu":
         return torch.compile(function, fullgraph=True)
@@ -653,7 +652,7 @@ def compiled(function, device):
 
 
 def are_views(agent, vectors):
-    """Whether the agent's parameters lie in the vectors, so that a step trains the agent."""
+    """True if the agent's parameters are views of the vectors, so that a step trains the agent."""
     storages = {vector.untyped_storage().data_ptr() for vector in vectors}
     return storages == {p.untyped_storage().data_ptr() for p in agent.parameters()}
 
@@ -670,7 +669,7 @@ def fail(message, code=2):
 
 
 def due(interval, iteration, num_iterations):
-    """Whether this iteration is nearest to a multiple of `interval`, or the last; 0: never."""
+    """True if this iteration is the last, or nearest to a multiple of `interval`; False for 0."""
     period = max(1.0, interval * num_iterations)
     nearest = round(round(iteration / period) * period) == iteration
     return interval > 0 and (nearest or iteration == num_iterations)
@@ -907,7 +906,7 @@ class Run:
     continue. The event files are on disk before the state that relies on them. A resumed run cuts
     them back to the sizes in its state, so that they show every point once."""
 
-    started = False  # whether this process made or opened a run's folder
+    started = False  # True if this process made or opened a run's folder
     advice = "nothing was started"  # the end of a message about a fault
     columns = {  # of the rows in the terminal
         "return": "charts/episodic_return",
@@ -932,7 +931,7 @@ class Run:
         self.resumed = args.resume and self.dir.exists()
         if self.resumed:
             self.saved = self.newest_state()
-        self.continued = bool(self.saved)  # from a state of its own
+        self.continued = bool(self.saved)  # from a state in its own folder
         # Its flags are known: they are in its state, or in args.json if it has none yet
         self.begun = self.continued or self.resumed and (self.dir / "args.json").is_file()
         if args.fork_from and not self.begun:
@@ -972,7 +971,7 @@ class Run:
             if not self.begun:
                 own |= {"fork_from": args.fork_from, "fork_step": self.saved["global_step"]}
             before = Args(**flags | own)
-        except (KeyError, TypeError, ValueError) as error:  # a flag that is gone
+        except (KeyError, TypeError, ValueError) as error:  # for example a flag that was removed
             fail(f"the flags of {source} do not fit this script: {error}")
         check(before)
         args = tyro.cli(Args, default=before)
@@ -1087,8 +1086,8 @@ class Run:
         write_file(path, script)
 
     def open_log(self):
-        """Cut event files back to what the state knows of them, and begin a new one. Event files
-        that the state does not know are renamed."""
+        """Cut event files back to their sizes in the state, and begin a new one. Event files that
+        the state does not name are renamed."""
         self.logs = self.logs if self.continued else {}  # {name: [size, crc]}
         paths = {self.dir / name for name in self.logs} | set(self.dir.glob(f"{EVENTS}*"))
         for path in paths:
@@ -1122,7 +1121,7 @@ class Run:
             self.writer.file_writer.add_summary(summary)
 
     def log(self, scalars, step, row=False):
-        """Write the dict {"group": {"name": number}}, NaN for what is not finite; print a `row`."""
+        """Log {"group": {"name": number}}, NaN if a number is not finite; print it if `row`."""
         flat = {f"{group}/{name}": x for group, part in scalars.items() for name, x in part.items()}
         for tag, value in flat.items():
             self.scalars[tag] = float(value) if math.isfinite(value) else math.nan
@@ -1140,7 +1139,7 @@ class Run:
             if zlib.crc32(content[:size]) != crc:
                 fail(f"{path} was changed by another program: start a new run", code=1)
             self.logs[name] = [len(content), zlib.crc32(content[size:], crc)]
-            with open(path, "r+b") as file:  # Windows can only sync what it can write
+            with open(path, "r+b") as file:  # Windows syncs only files open for writing
                 os.fsync(file.fileno())
         state = {"script": Path(__file__).stem, "versions": self.versions}
         state |= {"args": asdict(self.args), "global_step": global_step, "scalars": self.scalars}

@@ -3,15 +3,15 @@
     python ppo_mujoco.py --update-epochs 20 --compile --seed 25
     python ppo_mujoco.py --update-epochs 20 --compile --seed 25 --action-logprob sampled
 
-Each command trains Hopper-v4 for 5 million steps in about 40 minutes. In the first, `ratio_max`
-jumps to 1e12 and later the return falls; in the second, neither happens.
+Each command trains Hopper-v4 for 5 million steps in about 40 minutes. In the first run the largest
+probability ratio jumps to 1e12, and later the return falls. In the second run neither happens.
 
 Differences from CleanRL's ppo_continuous_action.py: a TanhNormal whose scale depends on the state,
 frozen observation statistics, time in the observation, raw rewards, no value clipping, a constant
 learning rate, PyTorch's initialisation, and separate gradient clipping of actor and critic.
 Differences from the textbook form in ppo_toy.py: the parameters of a network are one vector, the
 gradient step is one function that can be compiled, and the actor acts in NumPy. This is faster.
-You can stop reading at the end of `main`. The diagnostics follow, then the code that keeps a run.
+You can stop reading at the end of `main`. Below are the diagnostics and the code that saves runs.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ Seed = Annotated[int, (0, 2**32 - 1)]
 @dataclass
 class Args:
     """PPO-Clip on MuJoCo with the diagnostics and interventions of arXiv 2405.00662.
-    Intervals are fractions of the whole run, rounded to whole iterations; 0 disables them."""
+    Intervals are fractions of the run, in whole iterations (rollout and update); 0 disables."""
 
     # Experiment
 
@@ -69,9 +69,9 @@ class Args:
     total_timesteps: Count = 5_000_000  # environment steps, rounded down to whole iterations
     torch_threads: Threads = 1  # CPU threads; 1 is fastest; 0 lets torch choose
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = False  # compile the gradient step: up to twice as fast after about a minute
+    compile: bool = False  # compile the gradient step in about a minute; then up to twice as fast
     runs_dir: str = "runs"  # folder that holds all runs
-    run_name: str = ""  # folder of this run in --runs-dir; empty: named after its flags
+    run_name: str = ""  # name of the run's folder; by default made from its flags
     resume: bool = False  # continue the run --run-name with its own flags, if it exists
     fork_from: str = ""  # start from this checkpoint; flags that you omit are those of its run
     fork_step: tyro.conf.Suppress[int] = 0  # step of that checkpoint
@@ -84,14 +84,14 @@ class Args:
     num_envs: Count = 2  # number of environments
     num_steps: Count = 1024  # steps per environment and iteration
     gamma: Fraction = 0.99  # discount factor
-    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation; 1 is Monte Carlo
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation (GAE)
     minibatch_size: Count = 64  # samples per gradient step; an incomplete minibatch is dropped
     update_epochs: Count = 10  # epochs per batch (the paper uses 10, 15 and 20)
     clip_coef: Positive = 0.2  # epsilon of PPO-Clip
     ent_coef: Coefficient = 0.0  # coefficient of the entropy bonus; 0 disables it
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
-    max_grad_norm: Positive = 0.5  # largest gradient norm of each network (of both if shared)
-    target_kl: Coefficient = 0.0  # stop an update at a larger approximate KL; 0 disables it
+    max_grad_norm: Positive = 0.5  # clip each network's gradient to this norm (both if shared)
+    target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0: never
     # at a time limit, end the return or bootstrap it with the value
     time_limit: Literal["terminate", "bootstrap"] = "terminate"
     obs_norm_steps: Count = 4000  # random steps that fix the mean and std of observations
@@ -99,16 +99,16 @@ class Args:
     width: Count = 64  # units of each hidden layer
     # the policy is a Normal squashed by tanh, or a Normal clipped to the bounds
     policy: Literal["tanh_normal", "gaussian"] = "tanh_normal"
-    # log-probability of a saturated action: `clamped`, as the authors do, of tanh(u) clamped to
-    # +-(1 - 1e-6), which reverses its gradient once |loc| > 7.25; `sampled`, of u itself
+    # the log-probability of an action tanh(u) is that of u (`sampled`), or that of u cut to +-7.25
+    # (`clamped`, as in the authors' code), which reverses the gradient of a cut u if |loc| > 7.25
     action_logprob: Literal["clamped", "sampled"] = "clamped"
 
     # Interventions
 
-    pfo_coef: Coefficient = 0.0  # coefficient of PFO, equation 2 (the paper: 1; relu: 10); 0 is off
+    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; with relu 10); 0 disables it
+    pfo_coef: Coefficient = 0.0
     pfo_layers: Literal["last", "all"] = "last"  # hidden layers that PFO regularises
-    # PFO takes the mean over units (the authors' code) or the sum (equation 2)
-    pfo_reduction: Literal["mean", "sum"] = "mean"
+    pfo_reduction: Literal["mean", "sum"] = "mean"  # mean over units (authors' code) or sum (eq. 2)
     share_trunk: bool = False  # actor and critic share one trunk
     reset_adam: bool = False  # reset Adam's moments after every batch
     adam_beta1: Decay = 0.9  # decay of Adam's first moment
@@ -122,19 +122,18 @@ class Args:
     capacity_steps: Count = 4000  # states per fit of the capacity loss
     capacity_envs: Count = 4  # environments that collect those states
     capacity_epochs: Count = 4  # epochs of a fit
-    # who collects the states: the target network, or the run's initial agent
-    capacity_data: Literal["target", "initial"] = "target"
+    capacity_data: Literal["target", "initial"] = "target"  # the network that collects these states
     snapshot_interval: Fraction = 0.025  # interval between two checkpoints that are kept
     checkpoint_interval: Fraction = 0.002  # interval between two saves of latest.pt
 
 
-MAX_TANH = np.float32(1 - 1e-6)  # the authors' code clamps tanh(u) here,
-MAX_U = np.arctanh(MAX_TANH)  # and so computes the log-probability of u here: 7.24773
+MAX_TANH = np.float32(1 - 1e-6)  # the authors' code clamps tanh(u) to this,
+MAX_U = np.arctanh(MAX_TANH)  # and so u to 7.24773 in the log-probability
 SCALE_BIAS = math.log(math.expm1(0.99))  # softplus(SCALE_BIAS) + 0.01 = 1
 
 
 class Outputs(NamedTuple):
-    """What the networks compute for a batch of observations."""
+    """The outputs of the networks for a batch of B observations."""
 
     policy: torch.Tensor  # (B, P), as Agent describes it
     values: torch.Tensor  # (B,)
@@ -145,7 +144,7 @@ class Outputs(NamedTuple):
 
 class Agent(nn.Module):
     """Actor and critic. A policy (B, 2A) holds loc and raw scale of a Normal per action dimension.
-    An action is the Normal's sample u, before tanh (TanhNormal) or clipping (Gaussian)."""
+    An action is the Normal's sample u. The task gets tanh(u), or the clipped u (Gaussian)."""
 
     def __init__(self, envs, args):
         super().__init__()
@@ -198,7 +197,7 @@ class Agent(nn.Module):
         return torch.randn(num_steps, num_envs, self.action_dim, generator=generator).numpy()
 
     def normal(self, policy):
-        """loc and scale (B, A) of the Normal; the scale is 1 where the network outputs 0."""
+        """loc and scale (B, A) of the Normal; the scale is 1 if the network outputs 0."""
         loc, raw_scale = policy.chunk(2, -1)
         return loc, F.softplus(raw_scale + SCALE_BIAS) + 0.01
 
@@ -207,7 +206,7 @@ class Agent(nn.Module):
         loc, scale = self.normal(policy)
         z = (actions - loc) / scale
         logprob = -0.5 * z.square() - scale.log() - math.log(2 * math.pi) / 2
-        if self.squash:  # minus log(1 - tanh(u)^2), exact also where tanh(u) rounds to 1
+        if self.squash:  # minus log(1 - tanh(u)^2), exact even if tanh(u) rounds to 1
             logprob = logprob - 2 * (math.log(2) - actions - F.softplus(-2 * actions))
         return logprob.sum(-1)
 
@@ -220,7 +219,7 @@ class Agent(nn.Module):
         return entropy.sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other) of the Normals, in float64; an invertible tanh keeps it."""
+        """(B,) KL(policy || other) of the Normals, in float64. The tanh does not change it."""
         loc, scale = self.normal(policy.double())
         other_loc, other_scale = self.normal(other.double())
         ratio = scale / other_scale
@@ -228,7 +227,7 @@ class Agent(nn.Module):
         return ((ratio.square() + distance.square() - 1) / 2 - ratio.log()).sum(-1)
 
     def policy_stats(self, policy, actions):
-        """What is logged as policy/NAME: the variance over states of loc and scale, the entropy,
+        """The numbers logged as policy/NAME: variance over states of loc and scale, the entropy,
         and the share of action components at TanhNormal's clamp or beyond the Gaussian's bounds."""
         u = actions.cpu().numpy()
         return {
@@ -240,16 +239,15 @@ class Agent(nn.Module):
 
 @torch.no_grad()
 def evaluate(agent, obs):
-    """The Outputs for `obs` (N, ...), computed in chunks, which bounds the memory."""
+    """The Outputs for `obs` (N, ...), computed in chunks to save memory."""
     return Outputs(*map(torch.cat, zip(*(agent(chunk) for chunk in obs.split(1024)))))
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-
-    All arguments are (T, E). `next_values` are the values of the true next observations, at an
-    episode's end of its last one. They are ignored where the episode terminated. No advantage
-    flows across `dones`."""
+    All arguments are (T, E). `next_values` are the values of the true next observations: at the
+    end of an episode, of its last observation. They are ignored if the episode terminated. No
+    advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -261,8 +259,8 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def minibatches(batch, minibatch_size):
-    """One epoch: the tensors (N, ...) of the dict `batch`, shuffled together and cut into dicts of
-    minibatches (B, ...). An incomplete last minibatch is dropped."""
+    """Yield the minibatches of one epoch: dicts of tensors (B, ...), cut from the tensors (N, ...)
+    of the dict `batch` in random order. An incomplete last minibatch is dropped."""
     num_minibatches = len(batch["obs"]) // minibatch_size
     order = torch.randperm(len(batch["obs"]))[: num_minibatches * minibatch_size]
     order = order.to(batch["obs"].device, non_blocking=True)
@@ -272,8 +270,8 @@ def minibatches(batch, minibatch_size):
 
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
-    """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
-    The equation has a "sum" over K; the published coefficients were used with the "mean"."""
+    """Proximal Feature Optimization (equation 2): the mean squared change of (B, K).
+    Equation 2 has a "sum" over K, but the paper's coefficients were used with the "mean"."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
 
@@ -310,8 +308,7 @@ def flat_vector(tensors):
 
 
 def clipped_gradient(agent, loss, max_grad_norm):
-    """The gradient of `loss` as one vector per group of the agent, clipped, and the norms before
-    that."""
+    """The clipped gradient of `loss`, one vector per group, and the norms before clipping."""
     parameters = [p for group in agent.groups for p in group]
     gradient = flat_vector(torch.autograd.grad(loss, parameters))
     parts = gradient.split([sum(p.numel() for p in group) for group in agent.groups])
@@ -321,8 +318,8 @@ def clipped_gradient(agent, loss, max_grad_norm):
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector per group of the agent, and these vectors; the agent's parameters become
-    views of them. Clipping and stepping one tensor instead of many saves an eighth of an eager
+    """Returns Adam and its vectors, one per group of the agent. The agent's parameters become views
+    of the vectors. Clipping and updating one tensor instead of many saves an eighth of an eager
     gradient step and two fifths of a compiled one."""
     vectors = [nn.Parameter(flat_vector(group).detach()) for group in agent.groups]
     for group, vector in zip(agent.groups, vectors):
@@ -354,7 +351,7 @@ def main():
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # never equal to the agent's seed
-    target = Agent(envs, args).to(device).eval()  # the random network that is fitted
+    target = Agent(envs, args).to(device).eval()  # the random network that the capacity loss fits
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(device).eval()
     initial_agent = copy.deepcopy(agent)  # run.start may load other weights into `agent`
@@ -491,7 +488,7 @@ def main():
 def feature_ranks(features):
     """The five rank measures of the paper's appendix E for `features` (N, D): a dict of floats.
 
-    With sigma the singular values of the uncentred matrix and delta = 0.01: `effective_rank` (Roy &
+    They use the singular values of the uncentred matrix: `effective_rank` (Roy &
     Vetterli 2007), `pca_rank` (Yang et al. 2020; the paper's figures), `srank` (Kumar et al. 2021),
     `feature_rank` (Lyle et al. 2022), `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero
     or empty matrix and NaN if an entry is not finite."""
@@ -518,9 +515,9 @@ def feature_ranks(features):
 
 @torch.no_grad()
 def dead_neurons(features, activation):
-    """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
-    on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
-    ValueError for another `activation`."""
+    """The number of dead neurons among the columns of `features` (N, D) (footnote 7). A dead neuron
+    is 0 on all samples ("relu"), or its standard deviation is below 0.001 ("tanh"). NaN is not
+    dead. Raises ValueError for another `activation`."""
     if activation not in ("relu", "tanh"):
         raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
     dead = (features == 0).all(0) if activation == "relu" else features.std(0) < 0.001
@@ -531,10 +528,11 @@ def dead_neurons(features, activation):
 def ratio_stats(logratio, clip_coef):
     """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
 
-    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
-    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
-    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
-    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
+    `logratio` holds log pi_new(a|s) - log pi_old(a|s), in any shape. `ratio_mean_above` and
+    `ratio_mean_below` are means over the samples beyond the limits, or NaN if there are none.
+    `ratio_excess` is their quotient. `frac_above` and `frac_below` are the shares of these samples.
+    Means and extremes are clamped to [1e-12, 1e12] (appendix B.3), so that a diverged policy still
+    gives a number."""
     ratio = logratio.double().exp().flatten()
     above = ratio > 1 + clip_coef
     below = ratio < 1 - clip_coef
@@ -549,9 +547,9 @@ def ratio_stats(logratio, clip_coef):
 
 @torch.no_grad()
 def representation(agent, args, network, outputs):
-    """Ranks, dead neurons and L2 norms of the `network`, "actor" or "critic": a dict of numbers.
-    They are those of its last hidden layer in the Outputs for N states. Norms are means over the
-    states, `weight_norm` is that of all weights and biases."""
+    """Ranks, dead neurons and L2 norms of the `network` ("actor" or "critic"): a dict of numbers.
+    They describe its last hidden layer; `outputs` are the Outputs for N states. Norms are means
+    over the states, but `weight_norm` is the norm of all weights and biases."""
     preactivations = getattr(outputs, f"{network}_preactivations")
     features = agent.activation(preactivations)
     trunk = getattr(agent, f"{network}_trunk")
@@ -599,15 +597,15 @@ def mean_log_slope(loc, scale):
 
 @torch.no_grad()
 def capacity_target(target, frames, index):
-    """The capacity data: (frames, index), and the target's policies (N, P) and values (N,)."""
+    """The capacity data: frames and index of N states, target's policies (N, P), values (N,)."""
     device = next(target.parameters()).device
     outputs = [target(frames[chunk].to(device))[:2] for chunk in index.split(1024)]
     return frames, index, *(torch.cat(parts) for parts in zip(*outputs))
 
 
 def collect_capacity_data(args, envs, collector, target):
-    """The capacity data of a run: states that `collector` visits in environments of their own, and
-    what `target` computes for them. Leaves torch's random generator as it was."""
+    """The capacity data of a run: states that `collector` visits in separate environments, and
+    the outputs of `target` for them. Does not change torch's random generator."""
     with torch.random.fork_rng(devices=[]):  # a task may draw from it
         capacity_envs = Envs(args, args.capacity_envs, stream=2, obs_stats=envs.obs_stats)
         states = capacity_envs.collect(collector, args.capacity_steps, seed=args.seed)
@@ -617,11 +615,11 @@ def collect_capacity_data(args, envs, collector, target):
 def capacity_loss(agent, args, frames, index, target_policies, target_values, adam_state=None):
     """The loss that remains after a copy of the agent was fitted to a random target (section 2).
 
-    The actor's loss is the mean KL(target || copy), the critic's the mean squared error. Adam with
-    the run's settings, fresh or from `adam_state`, fits for `capacity_epochs` epochs; every fit
-    uses the same shuffles, from a generator of its own. Returns floats: `actor` and `critic` on
-    all data after the fit, and `actor_last_minibatch` and `critic_last_minibatch` before its last
-    step."""
+    The actor's loss is the mean KL(target || copy); the critic's loss is the mean squared error.
+    Adam has the run's settings, and starts fresh or from `adam_state`. A fit has `capacity_epochs`
+    epochs and its own random generator, so that every fit uses the same shuffles. Returns floats:
+    `actor` and `critic` are the losses on all data after the fit, `actor_last_minibatch` and
+    `critic_last_minibatch` are those on its last minibatch, before the gradient step."""
     device = target_values.device
     copied = copy.deepcopy(agent).train()
     optimizer, vectors = make_optimizer(copied, args)
@@ -651,7 +649,7 @@ def capacity_loss(agent, args, frames, index, target_policies, target_values, ad
 
 
 def numpy_layer(layer):
-    """A layer as a function of NumPy arrays (B, D); kinds that are not known here use torch."""
+    """A layer as a function of NumPy arrays (B, D); other kinds use torch."""
     if isinstance(layer, nn.Linear):
         weight = layer.weight.detach().cpu().numpy()
         bias = 0 if layer.bias is None else layer.bias.detach().cpu().numpy()
@@ -674,7 +672,7 @@ def numpy_actor(agent):
             x = layer(x)
         loc, raw_scale = np.split(x, 2, axis=-1)
         u = loc + (np.logaddexp(0, raw_scale + bias) + np.float32(0.01)) * noise
-        if agent.clamped:  # TorchRL stores tanh(u), clamped, and scores its inverse
+        if agent.clamped:  # TorchRL stores the clamped tanh(u) and scores its inverse
             u = np.arctanh(np.minimum(np.maximum(np.tanh(u), -MAX_TANH), MAX_TANH))
         return u
 
@@ -685,10 +683,10 @@ def numpy_actor(agent):
 
 
 def compiled(function, device):
-    """`function` as one compiled graph; on CUDA a CUDA graph, whose outputs are copied, because
-    its next replay overwrites them."""
+    """Compile `function` as one graph. On CUDA it is a CUDA graph; its outputs are copied, because
+    the next replay overwrites them."""
     torch._dynamo.config.trace_autograd_ops = True  # backward and clipping in the same graph
-    torch._inductor.config.fallback_random = True  # the eager script's random numbers
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager script
     torch._inductor.config.cpp_wrapper = device.type == "cpu"  # a tenth faster
     if device.type == "cpu":
         return torch.compile(function, fullgraph=True)
@@ -697,7 +695,7 @@ def compiled(function, device):
 
 
 def are_views(agent, vectors):
-    """Whether the agent's parameters lie in the vectors, so that a step trains the agent."""
+    """True if the agent's parameters are views of the vectors, so that a step trains the agent."""
     storages = {vector.untyped_storage().data_ptr() for vector in vectors}
     return storages == {p.untyped_storage().data_ptr() for p in agent.parameters()}
 
@@ -714,14 +712,14 @@ def fail(message, code=2):
 
 
 def due(interval, iteration, num_iterations):
-    """Whether this iteration is nearest to a multiple of `interval`, or the last; 0: never."""
+    """True if this iteration is the last, or nearest to a multiple of `interval`; False for 0."""
     period = max(1.0, interval * num_iterations)
     nearest = round(round(iteration / period) * period) == iteration
     return interval > 0 and (nearest or iteration == num_iterations)
 
 
 def check(args):
-    """Exit with one line if a flag is out of its range or flags do not go together."""
+    """Exit with one line if a flag is out of its range or flags contradict each other."""
     batch_size = args.num_envs * args.num_steps
     hints = get_type_hints(type(args), include_extras=True)
     limits = {k: x.__metadata__[0] for k, x in hints.items() if hasattr(x, "__metadata__")}
@@ -736,7 +734,7 @@ def check(args):
             get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else [value]
         )
         if type(value) is not type(field.default) or value not in choices:  # of a saved run
-            fail(f"{field.name} is {value!r}: it must be of the kind of {field.default!r}")
+            fail(f"{field.name} is {value!r}: it must be a value like {field.default!r}")
         if isinstance(value, str) and not value.isprintable():
             fail(f"{field.name} is {value!a}: it must be text that can be printed")
     for name, (smallest, largest) in limits.items():
@@ -746,7 +744,7 @@ def check(args):
             fail(f"--{flag} is {value}: it must be from {smallest} to {largest}")
     path = os.fsencode(Path(args.runs_dir, args.run_name))
     if re.search(r"[/\\]|^\.\.?$", args.run_name) or re.search(rb"[^/]{200}", path):
-        fail("--run-name: no slash; it and each part of --runs-dir have fewer than 200 bytes")
+        fail("--run-name: use no slash, and under 200 bytes in it and in each part of --runs-dir")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights & Biases: pip install wandb")
     compiler = os.environ.get("CXX", "g++")
@@ -800,7 +798,7 @@ def write_file(path, content):
 class Envs:
     """`num_envs` copies of the task, stepped in turn; after an episode ends, the next one begins.
     An episode is reproduced exactly from its seed and actions, so a state saves only these.
-    Observations (E, D) are standardised and end with the time feature."""
+    Observations (E, D) are standardised; the last number is the time."""
 
     opened = []  # all environments of this process; they are closed when it ends
 
@@ -845,7 +843,7 @@ class Envs:
         self.obs_std = self.obs_stats["std"].numpy()
 
     def random_stats(self, num_steps):
-        """mean and std (D,) of the observations of uniform-random steps; std 1 where constant."""
+        """mean and std (D,) of observations in uniform-random steps; the std of a constant is 1."""
         observations = []
         terminated = truncated = True
         for _ in range(num_steps):
@@ -861,7 +859,7 @@ class Envs:
 
     def call(self, i, method, *args, **kwargs):
         """Call a method of environment i, store the observation that it returns first, and return
-        the rest. A task that exits the process, or observes another shape than it says, raises."""
+        the rest. Raises an error if the task exits the process or the shape is wrong."""
         try:
             obs, *rest = getattr(self.envs[i], method)(*args, **kwargs)
         except SystemExit as error:
@@ -879,7 +877,7 @@ class Envs:
         self.call(i, "reset", seed=self.seeds[i])
 
     def advance(self, i, action):
-        """One step of environment i: reward, terminated, truncated."""
+        """One step of environment i. Returns reward, terminated, truncated."""
         self.actions[i].append(action.copy())  # some tasks change the array that they are given
         reward, terminated, truncated, _ = self.call(i, "step", action)
         reward = float(np.asarray(reward).item())  # some tasks return arrays of one number
@@ -899,7 +897,7 @@ class Envs:
         return self.observe()
 
     def step(self, actions):
-        """One step with the sampled `actions` (E, A): the next observations (E, D), rewards,
+        """One step with the sampled `actions` (E, A). Returns next observations (E, D), rewards,
         terminations and truncations (E,), and the last observations of episodes that ended."""
         if self.squash:
             actions = self.middle + self.half_width * np.tanh(actions)
@@ -916,7 +914,7 @@ class Envs:
         return self.observe() if final_obs else next_obs, *zip(*outcomes), final_obs
 
     def collect(self, agent, num_steps, seed):
-        """States that the agent's sampled actions lead to, and the index (num_steps,) of them."""
+        """Returns states that the agent visits, and their index (num_steps,)."""
         act = numpy_actor(agent)
         states = []
         next_obs = self.reset()
@@ -966,7 +964,7 @@ class Run:
     continue. The event files are on disk before the state that relies on them. A resumed run cuts
     them back to the sizes in its state, so that they show every point once."""
 
-    started = False  # whether this process made or opened a run's folder
+    started = False  # True if this process made or opened a run's folder
     advice = "nothing was started"  # the end of a message about a fault
     columns = {  # of the rows in the terminal
         "return": "charts/episodic_return",
@@ -991,7 +989,7 @@ class Run:
         self.resumed = args.resume and self.dir.exists()
         if self.resumed:
             self.saved = self.newest_state()
-        self.continued = bool(self.saved)  # from a state of its own
+        self.continued = bool(self.saved)  # from a state in its own folder
         # Its flags are known: they are in its state, or in args.json if it has none yet
         self.begun = self.continued or self.resumed and (self.dir / "args.json").is_file()
         if args.fork_from and not self.begun:
@@ -1031,7 +1029,7 @@ class Run:
             if not self.begun:
                 own |= {"fork_from": args.fork_from, "fork_step": self.saved["global_step"]}
             before = Args(**flags | own)
-        except (KeyError, TypeError, ValueError) as error:  # a flag that is gone
+        except (KeyError, TypeError, ValueError) as error:  # for example a flag that was removed
             fail(f"the flags of {source} do not fit this script: {error}")
         check(before)
         args = tyro.cli(Args, default=before)
@@ -1146,8 +1144,8 @@ class Run:
         write_file(path, script)
 
     def open_log(self):
-        """Cut event files back to what the state knows of them, and begin a new one. Event files
-        that the state does not know are renamed."""
+        """Cut event files back to their sizes in the state, and begin a new one. Event files that
+        the state does not name are renamed."""
         self.logs = self.logs if self.continued else {}  # {name: [size, crc]}
         paths = {self.dir / name for name in self.logs} | set(self.dir.glob(f"{EVENTS}*"))
         for path in paths:
@@ -1181,7 +1179,7 @@ class Run:
             self.writer.file_writer.add_summary(summary)
 
     def log(self, scalars, step, row=False):
-        """Write the dict {"group": {"name": number}}, NaN for what is not finite; print a `row`."""
+        """Log {"group": {"name": number}}, NaN if a number is not finite; print it if `row`."""
         flat = {f"{group}/{name}": x for group, part in scalars.items() for name, x in part.items()}
         for tag, value in flat.items():
             self.scalars[tag] = float(value) if math.isfinite(value) else math.nan
@@ -1199,7 +1197,7 @@ class Run:
             if zlib.crc32(content[:size]) != crc:
                 fail(f"{path} was changed by another program: start a new run", code=1)
             self.logs[name] = [len(content), zlib.crc32(content[size:], crc)]
-            with open(path, "r+b") as file:  # Windows can only sync what it can write
+            with open(path, "r+b") as file:  # Windows syncs only files open for writing
                 os.fsync(file.fileno())
         state = {"script": Path(__file__).stem, "versions": self.versions}
         state |= {"args": asdict(self.args), "global_step": global_step, "scalars": self.scalars}

@@ -3,17 +3,17 @@
     python ppo_toy.py           # section 3.2.1, Figure 5: tables for two states, in seconds
     python ppo_toy.py train     # PPO learns CartPole-v1 (return 500), in half a minute
 
-The collapse, in three to five minutes: the rank of the features falls, neurons die, and then the
-return falls. With `--pfo-coef 1` (equation 2) it does not:
+The next command shows the collapse in three to five minutes: the rank of the features falls,
+neurons die, and then the return falls. With `--pfo-coef 1` (equation 2) the return does not fall.
 
     python ppo_toy.py train --env-id Acrobot-v1 --activation relu --width 32 --learning-rate 1e-2 \
-        --max-grad-norm 10 --update-epochs 80 --total-timesteps 400000 --compile --seed 25
+        --max-grad-norm 10 --update-epochs 80 --total-timesteps 400000 --compile --seed 27
 
-The first half of this file is the paper's example with two states, the second half a complete PPO
-for discrete actions, written as in a textbook. ppo_mujoco.py and ppo_atari.py have the same
+The first half of this file is the paper's example with two states. The second half is a complete
+PPO for discrete actions, written as in a textbook. ppo_mujoco.py and ppo_atari.py have the same
 diagnostics and interventions. They keep the parameters of a network in one vector, which is faster,
-and can resume and fork a run. You can stop reading at the end of `main`: the diagnostics follow,
-then everything that keeps a run.
+and can resume and fork a run. You can stop reading at the end of `main`. Below are the diagnostics
+and the code that saves runs.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-# Types of flags with their smallest and largest value
+# Flag types with their smallest and largest value
 Fraction = Annotated[float, (0, 1)]
 Decay = Annotated[float, (0, 1 - 1e-6)]
 Coefficient = Annotated[float, (0, 1e6)]
@@ -50,8 +50,8 @@ Count = Annotated[int, (1, 10**12)]
 
 @dataclass
 class ToyArgs:
-    """Two states (arXiv 2405.00662, Figure 5): how a gradient step on one state changes the
-    probability ratio of the other. For the complete PPO: ppo_toy.py train --help"""
+    """Two states (arXiv 2405.00662, Figure 5): a gradient step on one state changes the
+    probability ratio of the other. The complete PPO is explained by: ppo_toy.py train --help"""
 
     # values of phi(y) / phi(x)
     alpha: Annotated[tuple[float, ...], (-1e3, 1e3)] = (3.0, -2.0, -1.0)
@@ -62,16 +62,16 @@ class ToyArgs:
     learning_rate: Positive = 1.5  # learning rate of SGD
     clip_coef: Positive = 0.1  # epsilon of PPO-Clip
     runs_dir: str = "runs"  # folder that holds all runs
-    run_name: str = ""  # name of the run's folder; empty: made from flags and time
+    run_name: str = ""  # name of the run's folder; by default made from flags and time
 
 
 def two_states(args, alpha, phi, theta):
     """PPO-Clip with SGD on the states x and y, with one sample per gradient step (Appendix C).
 
-    The features are phi(x) = phi and phi(y) = alpha phi, the logits theta_i phi(s). The sample is
-    x in even steps and y in odd steps, always with the action a1 and the advantage 1. Returns the
-    ratios pi(a1|s) / pi_old(a1|s) of x and y, before each step and after the last one (T + 1, 2),
-    and for each step whether its sample was clipped and gave no gradient (list of T)."""
+    The features are phi(x) = phi and phi(y) = alpha phi; the logits are theta_i phi(s). The sample
+    is x in even steps and y in odd steps, always with the action a1 and the advantage 1. Returns
+    the ratios pi(a1|s) / pi_old(a1|s) of x and y, before each step and after the last (T + 1, 2),
+    and a list of T booleans: True if the sample of the step was clipped and gave no gradient."""
     features = torch.tensor([phi, alpha * phi], dtype=torch.float64)
     theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([theta], args.learning_rate)
@@ -120,14 +120,14 @@ def toy(args):
 @dataclass
 class Args:
     """PPO-Clip on a small task with the diagnostics and interventions of arXiv 2405.00662.
-    Intervals are fractions of the whole run, rounded to whole iterations; 0 switches off."""
+    Intervals are fractions of the run, in whole iterations (rollout and update); 0 disables."""
 
     # Experiment
 
     env_id: str = "CartPole-v1"  # Gymnasium task with flat Box observations and Discrete actions
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seed of all random generators
     total_timesteps: Count = 100_000  # environment steps, rounded down to whole iterations
-    torch_threads: Annotated[int, (0, 256)] = 1  # CPU threads (1 is fastest; 0: torch chooses)
+    torch_threads: Annotated[int, (0, 256)] = 1  # CPU threads; 1 is fastest; 0 lets torch choose
     compile: bool = False  # compile the gradient computation, which takes half a minute
     runs_dir: str = "runs"  # folder that holds all runs
     run_name: str = ""  # name of the run's folder; by default made from task, flags, seed and time
@@ -139,15 +139,15 @@ class Args:
     num_envs: Count = 8  # number of environments
     num_steps: Count = 128  # steps per environment and iteration
     gamma: Fraction = 0.99  # discount factor
-    gae_lambda: Fraction = 0.95  # lambda of GAE (1 gives Monte-Carlo returns)
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation (GAE)
     minibatch_size: Count = 128  # samples per gradient step; an epoch drops an incomplete minibatch
     update_epochs: Count = 10  # epochs per batch (the paper: 10, 15, 20; on Atari 4, 6, 8)
     clip_coef: Positive = 0.2  # epsilon of PPO-Clip
-    ent_coef: Coefficient = 0.0  # coefficient of the entropy bonus; 0 disables
+    ent_coef: Coefficient = 0.0  # coefficient of the entropy bonus; 0 disables it
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
     # clip the gradient of each network to this norm (of both together with --share-trunk)
     max_grad_norm: Positive = 0.5
-    target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0 disables
+    target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0: never
     # at a time limit, end the return or bootstrap it with the value
     time_limit: Literal["terminate", "bootstrap"] = "bootstrap"
     activation: Literal["tanh", "relu"] = "tanh"  # activation of both networks
@@ -155,10 +155,10 @@ class Args:
 
     # Interventions
 
-    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; with relu 10); 0 disables
+    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; with relu 10); 0 disables it
     pfo_coef: Coefficient = 0.0
     pfo_layers: Literal["last", "all"] = "last"  # hidden layers that PFO regularises
-    pfo_reduction: Literal["mean", "sum"] = "mean"  # over units: mean (authors' code), sum (eq. 2)
+    pfo_reduction: Literal["mean", "sum"] = "mean"  # mean over units (authors' code) or sum (eq. 2)
     share_trunk: bool = False  # use one trunk for actor and critic
     reset_adam: bool = False  # reset Adam's moments after every batch
     adam_beta1: Decay = 0.9  # decay of Adam's first moment
@@ -172,13 +172,13 @@ class Args:
     capacity_steps: Count = 2000  # number of states per fit of the capacity loss
     capacity_envs: Count = 8  # number of environments that collect these states
     capacity_epochs: Count = 4  # epochs per fit
-    # agent that collects these states: the target network or the run's initial agent
+    # the network that collects these states: the target, or the run's initial agent
     capacity_data: Literal["target", "initial"] = "target"
     snapshot_interval: Fraction = 0.025  # interval between two checkpoints
 
 
 class Outputs(NamedTuple):
-    """What the networks compute for a batch of observations."""
+    """The outputs of the networks for a batch of B observations."""
 
     policy: torch.Tensor  # (B, P), as Agent describes it
     values: torch.Tensor  # (B,)
@@ -213,7 +213,7 @@ class Agent(nn.Module):
         self.eval()  # only gradient steps use the training mode, for layers where it matters
 
     def preactivations(self, trunk, x):
-        """The inputs of the trunk's activations, and its output, in order."""
+        """The inputs of the trunk's activations and its output, in order."""
         outputs = []
         for layer in trunk:
             if layer.__module__ == nn.Tanh.__module__:  # any activation of torch.nn
@@ -244,14 +244,14 @@ class Agent(nn.Module):
         return -(policy.exp() * policy).sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other), in float64. The sum of q - p is 0 but for rounding; with it,
-        each term is at least 0, and near policies lose no digits."""
+        """(B,) KL(policy || other), in float64. The terms other - policy add up to 0, except for
+        rounding. With them no term is negative, and nearly equal policies lose no digits."""
         policy = policy.double()
         other = other.double()
         return (policy.exp() * (policy - other) - policy.exp() + other.exp()).sum(-1)
 
     def policy_stats(self, policy, actions):
-        """What is logged as policy/NAME: variance over states of each probability, and entropy."""
+        """The numbers logged as policy/NAME: variance of the probabilities over states, entropy."""
         return {"variance": policy.exp().var(0).mean(), "entropy": self.entropy(policy).mean()}
 
 
@@ -269,16 +269,15 @@ def learning_rate(args, global_step):
 
 @torch.no_grad()
 def evaluate(agent, obs):
-    """The Outputs for `obs` (N, ...), computed in chunks, which bounds the memory."""
+    """The Outputs for `obs` (N, ...), computed in chunks to save memory."""
     return Outputs(*map(torch.cat, zip(*(agent(chunk) for chunk in obs.split(1024)))))
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-
-    All arguments are (T, E). `next_values` are the values of the true next observations, at an
-    episode's end of its last one. They are ignored where the episode terminated. No advantage
-    flows across `dones`."""
+    All arguments are (T, E). `next_values` are the values of the true next observations: at the
+    end of an episode, of its last observation. They are ignored if the episode terminated. No
+    advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -290,8 +289,8 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def minibatches(batch, minibatch_size):
-    """One epoch: the tensors (N, ...) of the dict `batch`, shuffled together and cut into dicts of
-    minibatches (B, ...). An incomplete last minibatch is dropped."""
+    """Yield the minibatches of one epoch: dicts of tensors (B, ...), cut from the tensors (N, ...)
+    of the dict `batch` in random order. An incomplete last minibatch is dropped."""
     num_minibatches = len(batch["obs"]) // minibatch_size
     order = torch.randperm(len(batch["obs"]))[: num_minibatches * minibatch_size]
     order = order.to(batch["obs"].device, non_blocking=True)
@@ -301,15 +300,15 @@ def minibatches(batch, minibatch_size):
 
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
-    """Proximal Feature Optimization (equation 2): mean squared change of (B, K), a scalar.
-    The equation has a "sum" over K; the published coefficients were used with the "mean"."""
+    """Proximal Feature Optimization (equation 2): the mean squared change of (B, K).
+    Equation 2 has a "sum" over K, but the paper's coefficients were used with the "mean"."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
 
 
 def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, old_pfo_preactivations):
     """The loss of PPO-Clip (equation 1) with value loss, entropy bonus and PFO for a minibatch,
-    whose tensors all start with (B,). Also returns a dict of scalars, logged as losses/NAME."""
+    whose tensors all start with (B,). Also returns a dict of scalars for the tags losses/NAME."""
     std, mean = torch.std_mean(advantages, correction=0)
     advantages = (advantages - mean) / std.clamp_min(1e-6)
     new = agent(obs)
@@ -335,7 +334,7 @@ def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, old_pfo_p
 
 def compute_gradients(agent, args, **minibatch):
     """Compute the gradients of the loss for a minibatch and clip them per network. Returns the dict
-    of `ppo_loss` with the norms before clipping."""
+    of `ppo_loss`, to which the gradient norms before clipping are added."""
     loss, losses = ppo_loss(agent, args, **minibatch)
     loss.backward()
     clip = nn.utils.clip_grad_norm_
@@ -371,7 +370,7 @@ def train(args):
         capacity_data = capacity_target(target, *states)
         run.log({"capacity": capacity_loss(agent, args, *capacity_data)}, 0)
     titles = "".join(f"{name:>11}" for name in run.columns)
-    tqdm.write(f"{run.dir} from step 0 on\n{'step':>12}{titles}")
+    tqdm.write(f"{run.dir} starts at step 0\n{'step':>12}{titles}")
     bar = tqdm(total=num_iterations * batch_size, unit=" steps", dynamic_ncols=True)
     for iteration in range(1, num_iterations + 1):
         logging = due(args.log_interval, iteration, num_iterations)
@@ -480,14 +479,14 @@ def main():
             toy(tyro.cli(ToyArgs))
 
 
-# Diagnostics and capacity loss: functions that `train` calls by name
+# Diagnostics and capacity loss: functions that `train` calls
 
 
 @torch.no_grad()
 def feature_ranks(features):
     """The five rank measures of the paper's appendix E for `features` (N, D): a dict of floats.
 
-    With sigma the singular values of the uncentred matrix and delta = 0.01: `effective_rank` (Roy &
+    They use the singular values of the uncentred matrix: `effective_rank` (Roy &
     Vetterli 2007), `pca_rank` (Yang et al. 2020; the paper's figures), `srank` (Kumar et al. 2021),
     `feature_rank` (Lyle et al. 2022), `torch_rank` (torch.linalg.matrix_rank). All are 0 for a zero
     or empty matrix and NaN if an entry is not finite."""
@@ -514,9 +513,9 @@ def feature_ranks(features):
 
 @torch.no_grad()
 def dead_neurons(features, activation):
-    """How many columns of `features` (N, D) do not vary (footnote 7): for "relu" those that are 0
-    on all samples, for "tanh" those with a standard deviation below 0.001; NaN is not dead. Raises
-    ValueError for another `activation`."""
+    """The number of dead neurons among the columns of `features` (N, D) (footnote 7). A dead neuron
+    is 0 on all samples ("relu"), or its standard deviation is below 0.001 ("tanh"). NaN is not
+    dead. Raises ValueError for another `activation`."""
     if activation not in ("relu", "tanh"):
         raise ValueError(f'activation must be "relu" or "tanh", not {activation!r}')
     dead = (features == 0).all(0) if activation == "relu" else features.std(0) < 0.001
@@ -525,9 +524,9 @@ def dead_neurons(features, activation):
 
 @torch.no_grad()
 def representation(agent, args, network, outputs):
-    """Ranks, dead neurons and L2 norms of the `network`, "actor" or "critic": a dict of numbers.
-    They are those of its last hidden layer in the Outputs for N states. Norms are means over the
-    states, `weight_norm` is that of all weights and biases."""
+    """Ranks, dead neurons and L2 norms of the `network` ("actor" or "critic"): a dict of numbers.
+    They describe its last hidden layer; `outputs` are the Outputs for N states. Norms are means
+    over the states, but `weight_norm` is the norm of all weights and biases."""
     preactivations = getattr(outputs, f"{network}_preactivations")
     features = agent.activation(preactivations)
     trunk = getattr(agent, f"{network}_trunk")
@@ -545,10 +544,11 @@ def representation(agent, args, network, outputs):
 def ratio_stats(logratio, clip_coef):
     """How far the probability ratios leave the clipping limits (section 3.2): a dict of floats.
 
-    `logratio` is any shape of log pi_new(a|s) - log pi_old(a|s). `ratio_mean_above` and `_below`
-    are means over the samples beyond the limits, NaN where there is none, `ratio_excess` their
-    quotient, `frac_above` and `_below` the samples' shares. Means and extremes are clamped to
-    [1e-12, 1e12] (appendix B.3), so that a diverged policy still gives a number."""
+    `logratio` holds log pi_new(a|s) - log pi_old(a|s), in any shape. `ratio_mean_above` and
+    `ratio_mean_below` are means over the samples beyond the limits, or NaN if there are none.
+    `ratio_excess` is their quotient. `frac_above` and `frac_below` are the shares of these samples.
+    Means and extremes are clamped to [1e-12, 1e12] (appendix B.3), so that a diverged policy still
+    gives a number."""
     ratio = logratio.double().exp().flatten()
     above = ratio > 1 + clip_coef
     below = ratio < 1 - clip_coef
@@ -563,7 +563,7 @@ def ratio_stats(logratio, clip_coef):
 
 @torch.no_grad()
 def capacity_target(target, frames, index):
-    """The capacity data: (frames, index), and the target's policies (N, P) and values (N,)."""
+    """The capacity data: frames and index of N states, target's policies (N, P), values (N,)."""
     device = next(target.parameters()).device
     outputs = [target(frames[chunk].to(device))[:2] for chunk in index.split(1024)]
     return frames, index, *(torch.cat(parts) for parts in zip(*outputs))
@@ -572,10 +572,11 @@ def capacity_target(target, frames, index):
 def capacity_loss(agent, args, frames, index, target_policies, target_values, adam_state=None):
     """The loss that remains after a copy of the agent was fitted to a random target (section 2).
 
-    The actor's loss is the mean KL(target || copy), the critic's the mean squared error. Adam with
-    the run's settings, fresh or from `adam_state`, makes `capacity_epochs` over the data. Every fit
-    uses the same shuffles, from a generator of its own. Returns floats: `actor` and `critic` on all
-    data after the fit, and the same `_last_minibatch` before the last step."""
+    The actor's loss is the mean KL(target || copy); the critic's loss is the mean squared error.
+    Adam has the run's settings, and starts fresh or from `adam_state`. A fit has `capacity_epochs`
+    epochs and its own random generator, so that every fit uses the same shuffles. Returns floats:
+    `actor` and `critic` are the losses on all data after the fit, `actor_last_minibatch` and
+    `critic_last_minibatch` are those on its last minibatch, before the gradient step."""
     copied = copy.deepcopy(agent)
     optimizer = make_optimizer(copied, args)
     if adam_state:
@@ -623,7 +624,7 @@ def fail(message, code=2):
 
 
 def due(interval, iteration, num_iterations):
-    """Whether this iteration is nearest to a multiple of `interval`, or the last; 0: never."""
+    """True if this iteration is the last, or nearest to a multiple of `interval`; False for 0."""
     period = max(1.0, interval * num_iterations)
     nearest = round(round(iteration / period) * period) == iteration
     return interval > 0 and (nearest or iteration == num_iterations)
@@ -642,7 +643,7 @@ def check_ranges(args):
             fail(f"{flag}: it must be text that can be printed")
     path = os.fsencode(Path(args.runs_dir, args.run_name))
     if re.search(r"[/\\]|^\.\.?$", args.run_name) or re.search(rb"[^/]{200}", path):
-        fail("--run-name may have no slash; it and each part of --runs-dir need under 200 bytes")
+        fail("--run-name: use no slash, and under 200 bytes in it and in each part of --runs-dir")
 
 
 def check(args):
@@ -653,7 +654,7 @@ def check(args):
         fail(f"--minibatch-size is {args.minibatch_size}: it must be from 2 to {batch_size}")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps is {args.total_timesteps}: it must be {batch_size} or more")
-    least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, a step of each
+    least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, or a step per environment
     if args.capacity_interval and args.capacity_steps < least:
         fail(f"--capacity-steps is {args.capacity_steps}: it must be {least} or more")
     if args.env_id.startswith("ALE/"):
@@ -670,7 +671,7 @@ class Envs:
     cleanup = contextlib.ExitStack()  # closes all environments at the end of `main`
 
     def __init__(self, args, num_envs, stream, obs_stats=None):
-        gym.logger.min_level = gym.logger.ERROR  # hides the advice to use a newer version
+        gym.logger.min_level = gym.logger.ERROR  # hides the advice to use a newer task version
         self.task = f"--env-id {args.env_id}"
         self.envs = []
         Envs.cleanup.callback(self.close)
@@ -693,7 +694,7 @@ class Envs:
         self.finished = []  # (return, length) of the episodes that ended since the last log
 
     def call(self, i, method, *args, **kwargs):
-        """Call a method of environment i and keep its observation. Returns the rest."""
+        """Call a method of environment i, store the observation, and return its other results."""
         try:
             obs, *rest = getattr(self.envs[i], method)(*args, **kwargs)
         except SystemExit as error:
@@ -717,8 +718,9 @@ class Envs:
         return self.obs.copy()
 
     def step(self, actions):
-        """One step with the `actions` (E,). Returns the next observations (E, D), the same with
-        the last one of each episode that ended, and rewards, terminations, truncations (E,)."""
+        """One step with the `actions` (E,). Returns the next observations (E, D), in which a new
+        episode has begun if one ended; the observations before that; rewards, terminations and
+        truncations (E,)."""
         outcomes, ended = [], []
         for i, action in enumerate(actions.tolist()):
             *outcome, info = self.call(i, "step", action)
@@ -735,7 +737,7 @@ class Envs:
         return self.obs.copy(), final_obs, *zip(*outcomes)
 
     def collect(self, agent, num_steps, seed):
-        """States that the agent's sampled actions lead to, and the index (num_steps,) of them."""
+        """Returns states that the agent visits, and their index (num_steps,)."""
         states = []
         with torch.random.fork_rng(devices=[]):  # restores torch's generator afterwards
             torch.manual_seed(seed)
@@ -746,7 +748,7 @@ class Envs:
         return torch.from_numpy(np.concatenate(states)[:num_steps]), torch.arange(num_steps)
 
     def close(self):
-        """Close the environments: some have threads that only this ends."""
+        """Close the environments. Some have threads that only end if they are closed."""
         for env in self.envs:
             with contextlib.suppress(Exception, SystemExit):
                 env.close()
@@ -757,7 +759,7 @@ class Run:
     checkpoints/STEP.pt."""
 
     advice = "nothing was created"  # ends each message about a fault
-    code = 2  # exit code of a fault: 1 if there is a folder
+    code = 2  # exit code after a fault; it is 1 if the run has a folder
     columns = {  # of the rows in the terminal
         "return": "charts/episodic_return",
         "rank": "representation/actor/pca_rank",
@@ -792,7 +794,7 @@ class Run:
         unfinished.write_text(json.dumps(asdict(args), indent=2))
         unfinished.replace(self.dir / "args.json")
         self.writer = SummaryWriter(self.dir)
-        flags = given | asdict(args)  # those given come first
+        flags = given | asdict(args)  # flags that differ from their defaults come first
         rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, 0)
         if isinstance(args, Args):  # for TensorBoard's tab HPARAMS
@@ -815,7 +817,7 @@ class Run:
         return re.sub(r"[^\w.,=-]", "-", name)
 
     def log(self, scalars, step, row=False):
-        """Write the dict {"group": {"name": number}}, NaN for what is not finite; print a `row`."""
+        """Log {"group": {"name": number}}, NaN if a number is not finite; print it if `row`."""
         for group, part in scalars.items():
             for name, value in part.items():
                 tag = f"{group}/{name}"

@@ -288,7 +288,7 @@ def test_kept_histories_are_diagnosed(notebook):
 
 def test_the_readme_names_the_rows_of_the_diagnosis_in_their_order(notebook):
     readme = (ROOT / "README.md").read_text().split("Which collapse do you have?")[1]
-    rows = re.findall(r"^\| ([^|]+?) \|", readme.split("\n## ")[0], re.M)[1:]
+    rows = re.findall(r"^\| ?([^|-]{2}[^|]*?) ?\|", readme.split("\n## ")[0], re.M)[1:]
     assert rows == list(notebook.DIAGNOSES)
 
 
