@@ -80,7 +80,7 @@ class Args:
     # compile gradient step and rollout (about a minute; CUDA graphs on a GPU)
     compile: bool = False
     runs_dir: str = "runs"  # folder that holds all runs
-    run_name: str = ""  # folder of this run in --runs-dir; empty: named after its flags
+    run_name: str = ""  # name of the run's folder; by default made from its flags
     resume: bool = False  # continue the run --run-name with its own flags, if it exists
     fork_from: str = ""  # start from this checkpoint; flags that you omit are those of its run
     fork_step: tyro.conf.Suppress[int] = 0  # step of that checkpoint
@@ -93,7 +93,7 @@ class Args:
     num_envs: Count = 8  # number of environments
     num_steps: Count = 128  # steps per environment and iteration
     gamma: Fraction = 0.99  # discount factor
-    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation; 1 is Monte Carlo
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation (GAE)
     minibatch_size: Count = 256  # samples per gradient step; an incomplete minibatch is dropped
     update_epochs: Count = 4  # epochs per batch (the paper uses 4, 6 and 8)
     clip_coef: Positive = 0.1  # epsilon of PPO-Clip
@@ -101,7 +101,7 @@ class Args:
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
     # clip the gradient of each network to this norm (of both together with --share-trunk)
     max_grad_norm: Positive = 0.5
-    target_kl: Coefficient = 0.0  # stop an update at a larger approximate KL; 0 disables it
+    target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0: never
     # at a time limit, end the return or bootstrap it with the value
     time_limit: Literal["terminate", "bootstrap"] = "terminate"
     max_episode_frames: Count = 108_000  # time limit of a game, not counting no-ops at its start
@@ -691,7 +691,7 @@ def check(args):
             get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else [value]
         )
         if type(value) is not type(field.default) or value not in choices:  # of a saved run
-            fail(f"{field.name} is {value!r}: it must be of the kind of {field.default!r}")
+            fail(f"{field.name} is {value!r}: it must be a value like {field.default!r}")
         if isinstance(value, str) and not value.isprintable():
             fail(f"{field.name} is {value!a}: it must be text that can be printed")
     for name, (smallest, largest) in limits.items():
@@ -701,7 +701,7 @@ def check(args):
             fail(f"--{flag} is {value}: it must be from {smallest} to {largest}")
     path = os.fsencode(Path(args.runs_dir, args.run_name))
     if re.search(r"[/\\]|^\.\.?$", args.run_name) or re.search(rb"[^/]{200}", path):
-        fail("--run-name: no slash; it and each part of --runs-dir have fewer than 200 bytes")
+        fail("--run-name: use no slash, and under 200 bytes in it and in each part of --runs-dir")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights & Biases: pip install wandb")
     compiler = os.environ.get("CXX", "g++")

@@ -8,10 +8,11 @@ import os
 import re
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from conftest import call, contents
+from conftest import ROOT, call, contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,6 +170,9 @@ def become_nobody():
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_a_folder_that_may_not_be_entered_is_named(tmp_path, script):
+    folders = [ROOT, *ROOT.parents, *Path(sys.prefix).resolve().parents]
+    if os.getuid() == 0 and not all(path.stat().st_mode & 0o005 == 0o005 for path in folders):
+        pytest.skip("another user cannot read the scripts here")
     tmp_path.chmod(0)
     words = TRAINING[script] + f"--capacity-interval 0 --run-name a --runs-dir {tmp_path}"
     process = call(script, words, cwd="/", prepare=become_nobody)

@@ -98,9 +98,7 @@ def test_ranks_lie_between_1_and_the_smaller_side(num_rows, num_columns, seed):
     features = torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(seed))
     for name, rank in script.feature_ranks(features).items():
         least = 1
-        if (
-            name == "feature_rank"
-        ):  # absolute: all may lie below its threshold
+        if name == "feature_rank":  # absolute: all may lie below its threshold
             least = int(torch.linalg.matrix_norm(features, 2) / num_rows**0.5 > 0.01)
         assert least - 1e-9 <= rank <= min(num_rows, num_columns) + 1e-9, name
 
