@@ -670,7 +670,7 @@ def numpy_actor(agent):
     def act(x, noise):
         for layer in layers:
             x = layer(x)
-        loc, raw_scale = np.split(x, 2, axis=-1)
+        loc, raw_scale = x[:, : agent.action_dim], x[:, agent.action_dim :]
         u = loc + (np.logaddexp(0, raw_scale + bias) + np.float32(0.01)) * noise
         if agent.clamped:  # TorchRL stores the clamped tanh(u) and scores its inverse
             u = np.arctanh(np.minimum(np.maximum(np.tanh(u), -MAX_TANH), MAX_TANH))
@@ -902,7 +902,7 @@ class Envs:
         if self.squash:
             actions = self.middle + self.half_width * np.tanh(actions)
         actions = actions.astype(self.low.dtype)
-        actions = np.clip(actions, self.low, self.high)  # rounding may have passed the bounds
+        actions = np.minimum(np.maximum(actions, self.low), self.high)  # rounding may pass bounds
         outcomes = [self.advance(i, action) for i, action in enumerate(actions)]
         next_obs = self.observe()
         final_obs = []
