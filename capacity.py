@@ -167,12 +167,9 @@ def new_agent(script, envs, run_args, device, seed):
 
 def close_envs(script):
     """Close the environments that the script has opened: some have threads that only this ends."""
-    if hasattr(script.Envs, "cleanup"):  # ppo_toy.py
-        script.Envs.cleanup.close()
-    opened = getattr(script.Envs, "opened", [])
-    while opened:
+    while script.Envs.opened:
         with contextlib.suppress(Exception, SystemExit):
-            opened.pop().close()
+            script.Envs.opened.pop().close()
 
 
 def finite(losses):

@@ -7,13 +7,13 @@ Each command trains Phoenix for 100 million frames, the second one with PFO (equ
 this takes three to four hours (estimated from its speed on an H200; these runs were not made). On
 a CPU, four changed lines and two commands in .results/atari.md show a collapse in twenty minutes:
 an agent learns CrazyClimber, continues at ten times the learning rate, and loses rank and return.
+The paper also uses NameThisGame, DoubleDunk, Qbert, Gravitar and BattleZone.
 
 Differences from CleanRL's ppo_atari.py: the environment is the paper's (sticky actions, frameskip
 3; no life loss, no-ops or FIRE), values are not clipped, the learning rate is constant, weights
 have PyTorch's initialisation, actor and critic are separate networks, and their gradients are
 clipped separately. `global_step` counts frames, as in the paper.
-
-You can stop reading at the end of `main`. The diagnostics follow, then the code that keeps a run.
+You can stop reading at the end of `main`. Below are the diagnostics and the code that saves runs.
 """
 
 import contextlib
@@ -65,20 +65,18 @@ Seed = Annotated[int, (0, 2**32 - 1)]
 @dataclass
 class Args:
     """PPO-Clip on Atari with the diagnostics and interventions of arXiv 2405.00662.
-    Intervals are fractions of the whole run, rounded to whole iterations; 0 disables them."""
+    Intervals are fractions of the run, in whole iterations (rollout and update); 0 disables."""
 
     # Experiment
 
-    # game (the paper uses Phoenix, NameThisGame, DoubleDunk, Qbert, Gravitar and BattleZone)
-    env_id: str = "ALE/Phoenix-v5"
+    env_id: str = "ALE/Phoenix-v5"  # name of the game
     seed: Seed = 1  # seed of all random generators (the paper uses 25, 7, 64, 27 and 4)
     total_timesteps: Count = 100_000_000  # frames, rounded down to whole iterations
     torch_threads: Threads = 0  # CPU threads; 0 lets torch choose
     env_threads: Threads = 0  # threads of the emulators; 0: one per game, at most one per CPU
     cuda: bool = True  # use a GPU if there is one
     tf32: bool = False  # let a GPU multiply in TF32: faster, but with 10 bits of mantissa
-    # compile gradient step and rollout (about a minute; CUDA graphs on a GPU)
-    compile: bool = False
+    compile: bool = False  # compile gradient step and rollout, which takes about a minute
     runs_dir: str = "runs"  # folder that holds all runs
     run_name: str = ""  # name of the run's folder; by default made from its flags
     resume: bool = False  # continue the run --run-name with its own flags, if it exists
@@ -99,8 +97,7 @@ class Args:
     clip_coef: Positive = 0.1  # epsilon of PPO-Clip
     ent_coef: Coefficient = 0.01  # coefficient of the entropy bonus; 0 disables it
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
-    # clip the gradient of each network to this norm (of both together with --share-trunk)
-    max_grad_norm: Positive = 0.5
+    max_grad_norm: Positive = 0.5  # clip each network's gradient to this norm (both if shared)
     target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0: never
     # at a time limit, end the return or bootstrap it with the value
     time_limit: Literal["terminate", "bootstrap"] = "terminate"
@@ -117,11 +114,10 @@ class Args:
 
     # Interventions
 
-    # coefficient of PFO, equation 2 (the paper uses 1, with all layers 10); 0 disables it
+    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; all layers 10); 0 disables it
     pfo_coef: Coefficient = 0.0
     pfo_layers: Literal["last", "all"] = "last"  # hidden layers that PFO regularises
-    # PFO takes the mean over units (the authors' code) or the sum (equation 2)
-    pfo_reduction: Literal["mean", "sum"] = "mean"
+    pfo_reduction: Literal["mean", "sum"] = "mean"  # mean over units (authors' code) or sum (eq. 2)
     share_trunk: bool = False  # actor and critic share one trunk
     reset_adam: bool = False  # reset Adam's moments after every batch
     adam_beta1: Decay = 0.9  # decay of Adam's first moment
@@ -135,8 +131,7 @@ class Args:
     capacity_steps: Count = 36_000  # states per fit of the capacity loss
     capacity_envs: Count = 1  # environments that collect those states
     capacity_epochs: Count = 1  # epochs of a fit
-    # who collects the states: the target network, or the run's initial agent
-    capacity_data: Literal["target", "initial"] = "target"
+    capacity_data: Literal["target", "initial"] = "target"  # the network that collects these states
     snapshot_interval: Fraction = 0.025  # interval between two checkpoints that are kept
     checkpoint_interval: Fraction = 0.001  # interval between two saves of latest.pt
 
@@ -228,14 +223,14 @@ class Agent(nn.Module):
         return -(policy.exp() * policy).sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other), in float64. The sum of q - p is 0 but for rounding; with it,
-        each term is at least 0, and near policies lose no digits."""
-        policy, other = policy.double(), other.double()
-        p, q = policy.exp(), other.exp()
-        return (p * (policy - other) - p + q).sum(-1)
+        """(B,) KL(policy || other), in float64. The terms other - policy add up to 0, except for
+        rounding. With them no term is negative, and nearly equal policies lose no digits."""
+        policy = policy.double()
+        other = other.double()
+        return (policy.exp() * (policy - other) - policy.exp() + other.exp()).sum(-1)
 
     def policy_stats(self, policy, actions):
-        """What is logged as policy/NAME: variance over states of each probability, and entropy."""
+        """The numbers logged as policy/NAME: variance of the probabilities over states, entropy."""
         return {"variance": policy.exp().var(0).mean(), "entropy": self.entropy(policy).mean()}
 
 
@@ -303,10 +298,6 @@ def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_p
     losses |= {"old_approx_kl": -logratio, "approx_kl": logratio.expm1() - logratio}
     losses["clipfrac"] = (ratio != clipped_ratio).float()
     return gradients, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
-
-
-def flat_vector(tensors):
-    return torch.cat([x.flatten() for x in tensors])
 
 
 def clipped_gradient(agent, loss, max_grad_norm):
@@ -477,10 +468,8 @@ def main():
         bar.update(steps_per_iteration)
 
         # Checkpoint
-        if not all(
-            vector.isfinite().all() for vector in vectors
-        ):  # for inspection; a run never resumes from it
-            run.save(global_step, ["checkpoints/diverged.pt"])
+        if not all(vector.isfinite().all() for vector in vectors):
+            run.save(global_step, ["checkpoints/diverged.pt"])  # a run never resumes from this file
             what = "parameters" if b_obs.isfinite().all() else "observations and parameters"
             fail(f"{what} are not finite at step {global_step}: checkpoints/diverged.pt", code=1)
         keep = due(args.snapshot_interval, iteration, num_iterations)
@@ -561,7 +550,7 @@ def representation(agent, args, network, outputs):
     features = agent.activation(preactivations)
     trunk = getattr(agent, f"{network}_trunk")
     head = getattr(agent, f"{network}_head")
-    weights = torch.cat([p.flatten() for p in (*trunk.parameters(), *head.parameters())])
+    weights = nn.utils.parameters_to_vector([*trunk.parameters(), *head.parameters()])
     return feature_ranks(features) | {
         "dead_neurons": dead_neurons(features, args.activation),
         "preactivation_norm": preactivations.norm(dim=1).mean().item(),
@@ -651,6 +640,10 @@ def compiled(function, device):
     return lambda *args, **kwargs: tree_map(torch.clone, graph(*args, **kwargs))
 
 
+def flat_vector(tensors):
+    return torch.cat([x.flatten() for x in tensors])
+
+
 def are_views(agent, vectors):
     """True if the agent's parameters are views of the vectors, so that a step trains the agent."""
     storages = {vector.untyped_storage().data_ptr() for vector in vectors}
@@ -687,9 +680,8 @@ def check(args):
         limits["capacity_steps"] = (max(args.minibatch_size, args.capacity_envs), 10**12)
     for field in fields(args):
         value = getattr(args, field.name)
-        choices = (
-            get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else [value]
-        )
+        hint = hints[field.name]
+        choices = get_args(hint) if get_origin(hint) is Literal else [value]
         if type(value) is not type(field.default) or value not in choices:  # of a saved run
             fail(f"{field.name} is {value!r}: it must be a value like {field.default!r}")
         if isinstance(value, str) and not value.isprintable():
@@ -1106,9 +1098,8 @@ class Run:
         # TensorBoard reads event files in the order of the times in their names
         with mock.patch("time.time", return_value=max(time.time(), newest + 1)):
             self.writer = SummaryWriter(self.dir)
-        self.logs |= {
-            x.name: [0, 0] for x in self.dir.glob(f"{EVENTS}*") if x.name not in self.logs
-        }
+        for path in self.dir.glob(f"{EVENTS}*"):
+            self.logs.setdefault(path.name, [0, 0])
 
     def log_flags(self, step):
         """Write the flags as a table, those that differ from their defaults first, and for
@@ -1176,7 +1167,7 @@ if __name__ == "__main__":
         traceback.print_exc()
         fail(f"{error!r}; {Run.advice}", code=2 - Run.started)
     finally:
-        for env in Envs.opened:
+        for env in Envs.opened:  # some have threads that only end if they are closed
             with contextlib.suppress(Exception, SystemExit):
                 env.close()
 

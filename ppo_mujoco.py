@@ -303,10 +303,6 @@ def ppo_gradient(agent, args, obs, actions, logprobs, advantages, returns, old_p
     return gradients, {name: x.detach() for name, x in losses.items()}, new.policy.detach()
 
 
-def flat_vector(tensors):
-    return torch.cat([x.flatten() for x in tensors])
-
-
 def clipped_gradient(agent, loss, max_grad_norm):
     """The clipped gradient of `loss`, one vector per group, and the norms before clipping."""
     parameters = [p for group in agent.groups for p in group]
@@ -470,10 +466,8 @@ def main():
         bar.update(steps_per_iteration)
 
         # Checkpoint
-        if not all(
-            vector.isfinite().all() for vector in vectors
-        ):  # for inspection; a run never resumes from it
-            run.save(global_step, ["checkpoints/diverged.pt"])
+        if not all(vector.isfinite().all() for vector in vectors):
+            run.save(global_step, ["checkpoints/diverged.pt"])  # a run never resumes from this file
             what = "parameters" if b_obs.isfinite().all() else "observations and parameters"
             fail(f"{what} are not finite at step {global_step}: checkpoints/diverged.pt", code=1)
         keep = due(args.snapshot_interval, iteration, num_iterations)
@@ -554,7 +548,7 @@ def representation(agent, args, network, outputs):
     features = agent.activation(preactivations)
     trunk = getattr(agent, f"{network}_trunk")
     head = getattr(agent, f"{network}_head")
-    weights = torch.cat([p.flatten() for p in (*trunk.parameters(), *head.parameters())])
+    weights = nn.utils.parameters_to_vector([*trunk.parameters(), *head.parameters()])
     return feature_ranks(features) | {
         "dead_neurons": dead_neurons(features, args.activation),
         "preactivation_norm": preactivations.norm(dim=1).mean().item(),
@@ -694,6 +688,10 @@ def compiled(function, device):
     return lambda *args, **kwargs: tree_map(torch.clone, graph(*args, **kwargs))
 
 
+def flat_vector(tensors):
+    return torch.cat([x.flatten() for x in tensors])
+
+
 def are_views(agent, vectors):
     """True if the agent's parameters are views of the vectors, so that a step trains the agent."""
     storages = {vector.untyped_storage().data_ptr() for vector in vectors}
@@ -730,9 +728,8 @@ def check(args):
         limits["capacity_steps"] = (max(args.minibatch_size, args.capacity_envs), 10**12)
     for field in fields(args):
         value = getattr(args, field.name)
-        choices = (
-            get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else [value]
-        )
+        hint = hints[field.name]
+        choices = get_args(hint) if get_origin(hint) is Literal else [value]
         if type(value) is not type(field.default) or value not in choices:  # of a saved run
             fail(f"{field.name} is {value!r}: it must be a value like {field.default!r}")
         if isinstance(value, str) and not value.isprintable():
@@ -1164,9 +1161,8 @@ class Run:
         # TensorBoard reads event files in the order of the times in their names
         with mock.patch("time.time", return_value=max(time.time(), newest + 1)):
             self.writer = SummaryWriter(self.dir)
-        self.logs |= {
-            x.name: [0, 0] for x in self.dir.glob(f"{EVENTS}*") if x.name not in self.logs
-        }
+        for path in self.dir.glob(f"{EVENTS}*"):
+            self.logs.setdefault(path.name, [0, 0])
 
     def log_flags(self, step):
         """Write the flags as a table, those that differ from their defaults first, and for
@@ -1234,7 +1230,7 @@ if __name__ == "__main__":
         traceback.print_exc()
         fail(f"{error!r}; {Run.advice}", code=2 - Run.started)
     finally:
-        for env in Envs.opened:
+        for env in Envs.opened:  # some have threads that only end if they are closed
             with contextlib.suppress(Exception, SystemExit):
                 env.close()
 

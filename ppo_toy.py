@@ -10,10 +10,9 @@ neurons die, and then the return falls. With `--pfo-coef 1` (equation 2) the ret
         --max-grad-norm 10 --update-epochs 80 --total-timesteps 400000 --compile --seed 27
 
 The first half of this file is the paper's example with two states. The second half is a complete
-PPO for discrete actions, written as in a textbook. ppo_mujoco.py and ppo_atari.py have the same
-diagnostics and interventions. They keep the parameters of a network in one vector, which is faster,
-and can resume and fork a run. You can stop reading at the end of `main`. Below are the diagnostics
-and the code that saves runs.
+PPO for discrete actions, written as in a textbook. ppo_mujoco.py and ppo_atari.py are faster, and
+can resume and fork a run. They have the same diagnostics and interventions. You can stop reading at
+the end of `main`. Below are the diagnostics and the code that saves runs.
 """
 
 import contextlib
@@ -77,8 +76,7 @@ def two_states(args, alpha, phi, theta):
     optimizer = torch.optim.SGD([theta], args.learning_rate)
 
     def probs():  # pi(a1|x) and pi(a1|y)
-        logits = features.outer(theta)
-        return logits.softmax(dim=1)[:, 0]
+        return features.outer(theta).softmax(dim=1)[:, 0]
 
     old_probs = probs().detach()
     ratios, clipped = [], []
@@ -319,11 +317,15 @@ def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, old_pfo_p
     value_loss = args.vf_coef * F.mse_loss(new.values, returns)
     entropy = agent.entropy(new.policy).mean()
     pfo = pfo_loss(new.pfo_preactivations, old_pfo_preactivations, args.pfo_reduction)
-    losses = {"policy_loss": policy_loss, "value_loss": value_loss, "pfo_loss": pfo}
-    losses["entropy"] = entropy
-    losses["old_approx_kl"] = -logratio.mean()  # Schulman, "Approximating KL Divergence"
-    losses["approx_kl"] = (logratio.expm1() - logratio).mean()
-    losses["clipfrac"] = (ratio != clipped_ratio).float().mean()
+    losses = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "pfo_loss": pfo,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),  # Schulman, "Approximating KL Divergence"
+        "approx_kl": (logratio.expm1() - logratio).mean(),
+        "clipfrac": (ratio != clipped_ratio).float().mean(),
+    }
     loss = policy_loss + value_loss
     if args.ent_coef:
         loss = loss - args.ent_coef * entropy
@@ -386,8 +388,8 @@ def train(args):
             steps.append((obs, actions, *map(torch.tensor, outcome)))
         obs, actions, final_obs, rewards, terminations, truncations = map(torch.stack, zip(*steps))
         if args.reward_keep_prob < 1:
-            kept = envs.mask_rng.random(rewards.shape) < args.reward_keep_prob
-            rewards *= torch.from_numpy(kept)
+            random = torch.from_numpy(envs.mask_rng.random(rewards.shape))
+            rewards *= random < args.reward_keep_prob
         b_obs = obs.flatten(0, 1)
         b_actions = actions.flatten()
 
@@ -470,13 +472,12 @@ def train(args):
 
 def main():
     words = sys.argv[1:]
-    with Envs.cleanup:
-        if words[:1] == ["train"]:
-            train(tyro.cli(Args, prog="ppo_toy.py train", args=words[1:]))
-        elif "--env-id" in words:
-            fail(f"did you mean: ppo_toy.py train {' '.join(words)}")
-        else:
-            toy(tyro.cli(ToyArgs))
+    if "train" in words[:1]:
+        train(tyro.cli(Args, prog="ppo_toy.py train", args=words[1:]))
+    elif "--env-id" in words:
+        fail(f"did you mean: ppo_toy.py train {' '.join(words)}")
+    else:
+        toy(tyro.cli(ToyArgs))
 
 
 # Diagnostics and capacity loss: functions that `train` calls
@@ -531,7 +532,7 @@ def representation(agent, args, network, outputs):
     features = agent.activation(preactivations)
     trunk = getattr(agent, f"{network}_trunk")
     head = getattr(agent, f"{network}_head")
-    weights = torch.cat([p.flatten() for p in (*trunk.parameters(), *head.parameters())])
+    weights = nn.utils.parameters_to_vector([*trunk.parameters(), *head.parameters()])
     return feature_ranks(features) | {
         "dead_neurons": dead_neurons(features, args.activation),
         "preactivation_norm": preactivations.norm(dim=1).mean().item(),
@@ -657,8 +658,6 @@ def check(args):
     least = max(args.minibatch_size, args.capacity_envs)  # a minibatch, or a step per environment
     if args.capacity_interval and args.capacity_steps < least:
         fail(f"--capacity-steps is {args.capacity_steps}: it must be {least} or more")
-    if args.env_id.startswith("ALE/"):
-        fail(f"--env-id {args.env_id} is an Atari game: use ppo_atari.py")
     compiler = os.environ.get("CXX", "g++")
     if args.compile and os.system(f'"{compiler}" --version > {os.devnull} 2>&1'):
         fail(f"--compile needs a C++ compiler, and {compiler} does not work: set CXX to another")
@@ -668,19 +667,19 @@ class Envs:
     """`num_envs` copies of the task, stepped one after the other. When an episode ends, the next
     one starts. Observations (E, D) are used as they are."""
 
-    cleanup = contextlib.ExitStack()  # closes all environments at the end of `main`
+    opened = []  # all environments of this process; they are closed when it ends
 
     def __init__(self, args, num_envs, stream, obs_stats=None):
         gym.logger.min_level = gym.logger.ERROR  # hides the advice to use a newer task version
         self.task = f"--env-id {args.env_id}"
         self.envs = []
-        Envs.cleanup.callback(self.close)
         try:
             for _ in range(num_envs):
                 env = gym.make(args.env_id, disable_env_checker=True)
                 self.envs.append(gym.wrappers.RecordEpisodeStatistics(env))
+                Envs.opened.append(self.envs[-1])
         except (Exception, SystemExit) as error:  # the code of a task can raise anything
-            fail(f"{self.task} cannot be made: {error!r}")
+            fail(f"{self.task} cannot be made (use ppo_atari.py for Atari games): {error!r}")
         match env.observation_space, env.action_space:
             case gym.spaces.Box(shape=(obs_dim,)), gym.spaces.Discrete(n=num_actions, start=0):
                 self.obs_dim = obs_dim
@@ -747,12 +746,6 @@ class Envs:
                 next_obs, *_ = self.step(agent.sample(torch.from_numpy(next_obs)))
         return torch.from_numpy(np.concatenate(states)[:num_steps]), torch.arange(num_steps)
 
-    def close(self):
-        """Close the environments. Some have threads that only end if they are closed."""
-        for env in self.envs:
-            with contextlib.suppress(Exception, SystemExit):
-                env.close()
-
 
 class Run:
     """The folder of a run: args.json, a copy of this script, an event file for TensorBoard, and
@@ -790,9 +783,7 @@ class Run:
         Run.advice = f"{self.dir} keeps the curves and checkpoints so far"
         Run.code = 1
         shutil.copy(__file__, self.dir)
-        unfinished = self.dir / "args.tmp"
-        unfinished.write_text(json.dumps(asdict(args), indent=2))
-        unfinished.replace(self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         self.writer = SummaryWriter(self.dir)
         flags = given | asdict(args)  # flags that differ from their defaults come first
         rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
@@ -806,15 +797,9 @@ class Run:
         unnamed = "env_id|seed|runs_dir|compile|torch_threads|alpha|theta|capacity.*|.*interval"
         flags = [f"{k}={x}" for k, x in given.items() if not re.fullmatch(unnamed, k)]
         task = getattr(self.args, "env_id", "toy")
-        parts = [
-            task,
-            Path(__file__).stem,
-            *reversed(flags[-5:]),
-            getattr(self.args, "seed", 1),
-            stamp,
-        ]
-        name = "__".join(str(part).removesuffix(".0") for part in parts)
-        return re.sub(r"[^\w.,=-]", "-", name)
+        seed = getattr(self.args, "seed", 1)
+        parts = [task, Path(__file__).stem, *reversed(flags[-5:]), seed, stamp]
+        return re.sub(r"[^\w.,=-]", "-", "__".join(map(str, parts)))
 
     def log(self, scalars, step, row=False):
         """Log {"group": {"name": number}}, NaN if a number is not finite; print it if `row`."""
@@ -840,8 +825,9 @@ class Run:
         }
         path = self.dir / "checkpoints" / f"{global_step}.pt"
         path.parent.mkdir(exist_ok=True)
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        unfinished = path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
 
     def close(self):
         self.writer.close()
@@ -861,6 +847,10 @@ if __name__ == "__main__":
             fail(f"out of memory: use a smaller {smaller}; {Run.advice}", Run.code)
         traceback.print_exc()
         fail(f"{error!r}; {Run.advice}", Run.code)
+    finally:
+        for env in Envs.opened:  # some have threads that only end if they are closed
+            with contextlib.suppress(Exception, SystemExit):
+                env.close()
 
 
 # /// script
