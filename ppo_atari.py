@@ -237,7 +237,8 @@ class Agent(nn.Module):
 @torch.no_grad()
 def evaluate(agent, obs):
     """The Outputs for `obs` (N, ...), computed in chunks to save memory."""
-    return Outputs(*map(torch.cat, zip(*(agent(chunk) for chunk in obs.split(1024)))))
+    chunks = [agent(chunk) for chunk in obs.split(1024)]
+    return Outputs(*map(torch.cat, zip(*chunks)))
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -451,8 +452,8 @@ def main():
         if logging:
             scalars["charts"] = {"learning_rate": optimizer.param_groups[0]["lr"]}
             if envs.finished:
-                episode = zip(("episodic_return", "episodic_length"), np.mean(envs.finished, 0))
-                scalars["charts"] |= dict(episode)
+                means = np.mean(envs.finished, 0)
+                scalars["charts"] |= {"episodic_return": means[0], "episodic_length": means[1]}
                 envs.finished.clear()
             seconds = time.perf_counter() - log_time
             scalars["charts"]["SPS"] = (iteration - log_iteration) * batch_size / seconds
@@ -469,12 +470,13 @@ def main():
 
         # Checkpoint
         if not all(vector.isfinite().all() for vector in vectors):
-            run.save(global_step, ["checkpoints/diverged.pt"])  # a run never resumes from this file
+            run.save(global_step, "checkpoints/diverged.pt")  # a run never resumes from this file
             what = "parameters" if b_obs.isfinite().all() else "observations and parameters"
             fail(f"{what} are not finite at step {global_step}: checkpoints/diverged.pt", code=1)
-        keep = due(args.snapshot_interval, iteration, num_iterations)
-        if keep or due(args.checkpoint_interval, iteration, num_iterations):
-            run.save(global_step, [f"checkpoints/{global_step}.pt"] * keep + ["latest.pt"])
+        if due(args.snapshot_interval, iteration, num_iterations):
+            run.save(global_step, f"checkpoints/{global_step}.pt", "latest.pt")
+        elif due(args.checkpoint_interval, iteration, num_iterations):
+            run.save(global_step, "latest.pt")
 
     bar.close()
     run.close()
@@ -1016,9 +1018,11 @@ class Run:
         write_file(self.dir / "args.json", json.dumps(asdict(self.args), indent=2).encode())
         self.keep_script(step)
         (self.dir / "checkpoints").mkdir(exist_ok=True)
-        if not self.continued:
+        if self.continued:
+            self.save(step, "latest.pt")
+        else:
             self.log_flags(step)
-        self.save(step, [f"checkpoints/{step}.pt"] * (not self.continued) + ["latest.pt"])
+            self.save(step, f"checkpoints/{step}.pt", "latest.pt")
         command = [Path(sys.argv[0]).name, "--runs-dir", self.args.runs_dir]
         command += ["--run-name", self.args.run_name, "--resume"]
         Run.advice = f"python {shlex.join(command)} continues from the last state"
@@ -1121,7 +1125,7 @@ class Run:
             cells = (f"{self.scalars.get(tag, math.nan):11.4g}" for tag in self.columns.values())
             tqdm.write(f"{step:12,}" + "".join(cells))
 
-    def save(self, global_step, names):
+    def save(self, global_step, *names):
         """Write everything that the run needs to continue into the files `names` of its folder."""
         self.writer.flush()
         for name, (size, crc) in self.logs.items():

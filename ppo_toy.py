@@ -66,7 +66,6 @@ class ToyArgs:
 
 def two_states(args, alpha, phi, theta):
     """PPO-Clip with SGD on the states x and y, with one sample per gradient step (Appendix C).
-
     The features are phi(x) = phi and phi(y) = alpha phi; the logits are theta_i phi(s). The sample
     is x in even steps and y in odd steps, always with the action a1 and the advantage 1. Returns
     the ratios pi(a1|s) / pi_old(a1|s) of x and y, before each step and after the last (T + 1, 2),
@@ -76,7 +75,7 @@ def two_states(args, alpha, phi, theta):
     optimizer = torch.optim.SGD([theta], args.learning_rate)
 
     def probs():  # pi(a1|x) and pi(a1|y)
-        return features.outer(theta).softmax(dim=1)[:, 0]
+        return features.outer(theta).softmax(1)[:, 0]
 
     old_probs = probs().detach()
     ratios, clipped = [], []
@@ -268,7 +267,8 @@ def learning_rate(args, global_step):
 @torch.no_grad()
 def evaluate(agent, obs):
     """The Outputs for `obs` (N, ...), computed in chunks to save memory."""
-    return Outputs(*map(torch.cat, zip(*(agent(chunk) for chunk in obs.split(1024)))))
+    chunks = [agent(chunk) for chunk in obs.split(1024)]
+    return Outputs(*map(torch.cat, zip(*chunks)))
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -335,8 +335,8 @@ def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, old_pfo_p
 
 
 def compute_gradients(agent, args, **minibatch):
-    """Compute the gradients of the loss for a minibatch and clip them per network. Returns the dict
-    of `ppo_loss`, to which the gradient norms before clipping are added."""
+    """Compute the gradients for a minibatch and clip them per network. Returns the losses, to which
+    the norms before clipping are added."""
     loss, losses = ppo_loss(agent, args, **minibatch)
     loss.backward()
     clip = nn.utils.clip_grad_norm_
