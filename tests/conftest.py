@@ -3,6 +3,7 @@ import errno
 import functools
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
 import pkgutil
@@ -148,13 +149,12 @@ FAULTS = {
     "out of CPU memory": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     "no locks": OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)),
     "no function": OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)),
-    "not supported": OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)),
 }
 
 
 def fault_at(name, call, fault="SIGKILL"):
-    """A `prepare`: from the given call of a function (as "module:name") on it raises, or its
-    process gets a signal at that call."""
+    """A `prepare`: from the given call of a function (as "module:name") on it raises, or at that
+    call its process gets a signal, or another function gets the call's arguments first."""
     return functools.partial(replace_function, name, call, fault)
 
 
@@ -168,7 +168,9 @@ def replace_function(name, call, fault):
         number = next(calls)
         if fault in FAULTS and number >= call:
             raise FAULTS[fault]
-        if number == call:
+        if number == call and callable(fault):
+            fault(*args)
+        elif number == call:
             os.kill(os.getpid(), getattr(signal, fault))
         return function(*args, **kwargs)
 
@@ -178,6 +180,12 @@ def replace_function(name, call, fault):
 def call(script, flags="", **kwargs):
     """Run a script to its end: an object with returncode, stdout and stderr."""
     return Process(script, flags, **kwargs).wait()
+
+
+def fine(process):
+    """The process, which ended without an error."""
+    assert process.returncode == 0, process.stderr
+    return process
 
 
 def contents(folder):
@@ -199,6 +207,17 @@ def one_line(process, code):
     """The same, and no traceback."""
     assert "Traceback" not in process.stderr, process.stderr
     return message(process, code)
+
+
+class Malicious:
+    """Whoever loads it exits."""
+
+    def __reduce__(self):
+        return os._exit, (0,)
+
+
+def read_args(run_dir):
+    return json.loads((run_dir / "args.json").read_text())
 
 
 def read_scalars(run_dir):

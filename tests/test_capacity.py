@@ -1,10 +1,10 @@
 """capacity.py: the run's own curve again, its options, odd files, and going on after a fault."""
 
+import copy
 import importlib
 import json
 import math
 import os
-import random
 import shutil
 import sys
 
@@ -12,9 +12,21 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Process, call, checkpoints, fault_at, one_line, read_scalars
+from conftest import (
+    ROOT,
+    SMALL,
+    Malicious,
+    call,
+    checkpoints,
+    fault_at,
+    fine,
+    one_line,
+    read_scalars,
+)
+from gymnasium.envs.classic_control import CartPoleEnv
 
 import capacity
+import ppo_mujoco
 
 NAMES = ("actor", "critic", "actor_last_minibatch", "critic_last_minibatch")
 TOY = "ppo_toy"  # whose runs take a moment
@@ -24,10 +36,10 @@ TOY = "ppo_toy"  # whose runs take a moment
 def copied(finished, tmp_path):
     """copied(name, script, flags): such a run's copy of its own in a folder of runs."""
 
-    def copy(name="run", script=TOY, flags=""):
+    def copied(name="run", script=TOY, flags=""):
         return shutil.copytree(finished(script, flags), tmp_path / "runs" / name)
 
-    return copy
+    return copied
 
 
 @pytest.fixture
@@ -78,7 +90,6 @@ def put(run_dir, text, settings="default"):
 @pytest.mark.parametrize(
     "script, flags",
     [
-        ("ppo_mujoco", ""),
         ("ppo_mujoco", "--activation relu --share-trunk --capacity-data initial --seed 3"),
         ("ppo_atari", ""),
         (TOY, ""),
@@ -157,17 +168,15 @@ def test_a_loaded_optimizer_is_the_checkpoints(copied, measure, monkeypatch, scr
     fit = module.capacity_loss
 
     def spy(*args, adam_state=None):
-        moments = adam_state[0] if adam_state else {}
-        given.append({name: x.clone() for name, x in moments.items()})
+        given.append(copy.deepcopy(adam_state))
         return fit(*args, adam_state=adam_state)
 
     monkeypatch.setattr(module, "capacity_loss", spy)
     loaded = measure(run_dir, "--optimizer", "loaded")["0"]
-    for moments, path in zip(given, checkpoints(run_dir).values(), strict=True):
-        saved = torch.load(path, weights_only=True)["optimizer"]["state"].get(0, {})
-        assert moments.keys() == saved.keys()
-        assert all(torch.equal(moments[name], saved[name]) for name in saved)
-    assert given[0] == {} and {"exp_avg", "exp_avg_sq", "step"} <= given[-1].keys()
+    states = [torch.load(path, weights_only=True) for path in checkpoints(run_dir).values()]
+    saved = [state["optimizer"]["state"] for state in states]
+    torch.testing.assert_close(given, saved, rtol=0, atol=0)
+    assert given[0] == {} and {"exp_avg", "exp_avg_sq", "step"} <= given[-1][0].keys()
     fresh = measure(run_dir)["0"]
     assert loaded["0"] == fresh["0"] and loaded["512"] != fresh["512"]
 
@@ -188,8 +197,6 @@ def test_the_controls_tell_what_the_number_is_worth(copied, measure):
 
 @pytest.mark.parametrize("flags", ["", "--share-trunk"])
 def test_the_heads_alone_are_fitted_on_frozen_features(copied, measure, monkeypatch, flags):
-    import ppo_mujoco
-
     run_dir, fitted = copied("run", "ppo_mujoco", flags), []
     make_optimizer = ppo_mujoco.make_optimizer
     spy = lambda agent, args: fitted.append(agent) or make_optimizer(agent, args)  # noqa: E731
@@ -207,12 +214,9 @@ def test_the_heads_alone_are_fitted_on_frozen_features(copied, measure, monkeypa
     [
         ("", "runs/NAME"),
         ("runs/run --num-targets 0", "--num-targets"),
-        ("runs/run --num-targets 1000001", "--num-targets"),
-        ("runs/run --num-targets two", "--num-targets"),
         ("runs/run --epochs -1", "--epochs"),
         ("runs/run --learning-rate nan", "--learning-rate"),
         ("runs/run --data mine", "--data"),
-        ("runs/run --optimizer sgd", "--optimizer"),
         ("runs/run --jobs 2", "--jobs"),
         ("runs/run --cuda", "CUDA device"),
         ("runs", "runs: this is not a run's folder: name runs/NAME"),
@@ -230,38 +234,24 @@ def test_a_bad_flag_is_named_and_nothing_is_created(
         measure(*flags.split())
     said = capsys.readouterr().err
     assert stop.value.code == 2 and named in said and "Traceback" not in said
-    assert {path.name for path in run_dir.iterdir()} >= {"args.json", "checkpoints"}
     assert not list(run_dir.glob("capacity-*"))
 
 
 # A changed script, and tasks that exit or stay open
 
 
-def change(run_dir, *changes):
-    """Change the script that a run keeps; returns its path."""
-    path = run_dir / f"{TOY}.py"
-    text = path.read_text()
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    path.write_text(text)
-    return path
-
-
 def test_a_changed_script_is_used_only_if_it_is_named(copied, measure, errors):
     """A LayerNorm in both trunks; the run that is measured with it was made with it."""
-    run_dir, own = copied(), read_results_of(measure, copied("own"))
-    norm = "nn.Linear(envs.obs_dim, args.width),\n", "nn.LayerNorm(args.width),\n"
-    path = change(run_dir, (norm[0], norm[0] + 16 * " " + norm[1]))
-    made = call(path.with_suffix(""), f"{SMALL[TOY]} --runs-dir {run_dir} --run-name normed")
-    assert made.returncode == 0, made.stderr
+    run_dir, own = copied(), measure(copied("own"))
+    path, linear = run_dir / f"{TOY}.py", "nn.Linear(envs.obs_dim, args.width),\n"
+    norm = linear + 16 * " " + "nn.LayerNorm(args.width),\n"
+    path.write_text(path.read_text().replace(linear, norm))
+    fine(call(path.with_suffix(""), f"{SMALL[TOY]} --runs-dir {run_dir} --run-name normed"))
     normed = run_dir / "normed"
-    said = errors(normed)
-    assert len(said) == 5 and all(
-        f"its networks differ from those of the script: try --script {normed}/ppo_toy.py" in line
-        for line in said
-    )
-    results = measure(normed, "--script", normed / "ppo_toy.py")["0"]
+    said, script = errors(normed), normed / f"{TOY}.py"
+    says = f"its networks differ from those of the script: try --script {script}"
+    assert len(said) == 5 and all(says in line for line in said)
+    results = measure(normed, "--script", script)["0"]
     logged = read_scalars(normed)["capacity/critic"]
     assert [(int(k), np.float32(x["critic"])) for k, x in results.items()] == logged
     assert measure(run_dir) == own  # by the script beside capacity.py
@@ -275,8 +265,6 @@ def test_a_script_measures_only_its_own_runs(copied, errors):
 
 def test_a_task_that_exits_is_named_and_all_tasks_are_closed(copied, errors, monkeypatch):
     """CartPole ends the process at the 100th step of the second checkpoint's fit."""
-    from gymnasium.envs.classic_control import CartPoleEnv
-
     run_dir, made, closed, steps = copied(), [], [], []
     init, step, close = CartPoleEnv.__init__, CartPoleEnv.step, CartPoleEnv.close
 
@@ -298,207 +286,108 @@ def test_a_task_that_exits_is_named_and_all_tasks_are_closed(copied, errors, mon
 # Odd files
 
 
-def odd_checkpoints(good, state, folder):
-    """(what is wrong, what the line says, bytes or a state) of files in place of a checkpoint."""
-    args = state["args"]
+def odd_checkpoints(good, state, run_dir):
+    """(what the line says, bytes or a state) of files in place of a checkpoint."""
 
     def flags(**changed):
-        return state | {"args": args | changed}
+        return state | {"args": state["args"] | changed}
 
-    yield "empty", "is damaged", b""
-    yield "a text", "is damaged", b"text"
-    yield "cut", "is damaged", good[: len(good) // 2]
-    yield "a list", "is damaged", [1, 2, 3]
-    for part in ("script", "global_step"):
-        yield f"without {part}", part, {k: x for k, x in state.items() if k != part}
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    yield "is damaged", good[: len(good) // 2]
+    yield "a checksum is wrong", bytes(flipped)
+    yield "is damaged", [1, 2, 3]
+    yield "is damaged", state | {"agent": Malicious()}
+    yield "of os.py", state | {"script": "os"}
+    yield "'script'", {name: state[name] for name in state if name != "script"}
     for part in ("args", "agent", "obs_stats"):
-        yield f"without {part}", f"KeyError: '{part}'", {k: state[k] for k in state if k != part}
-    yield "another script", "of os.py", state | {"script": "os"}
-    yield "another step", "step 256 of", state | {"global_step": 256}
-    yield "a tensor as step", "is damaged", state | {"global_step": torch.zeros(3)}
-    yield "an unknown flag", "evil", flags(evil=1)
-    yield "flags of no dict", "TypeError", state | {"args": 3}
-    hint = f"the script: try --script {folder}/ppo_toy.py"
-    yield "another width", hint, flags(width=7)
-    yield "other weights", hint, state | {"agent": {"x": torch.zeros(2)}}
-    yield "another task", hint, flags(env_id="Acrobot-v1")
-    yield "weights of no dict", "TypeError", state | {"agent": [1]}
-    yield "no task", "NoSuchTask", flags(env_id="NoSuchTask-v0")
-    yield "a module", "--allow-module antigravity", flags(env_id="antigravity:Task-v0")
-    yield "nothing to fit", "--capacity-steps is 1", flags(capacity_steps=1, capacity_interval=0.0)
-    yield "absurd threads", "--torch-threads", flags(torch_threads=100_000)
-    yield "a word as width", "", flags(width="x")
+        yield f"KeyError: '{part}'", {name: state[name] for name in state if name != part}
+    yield "evil", flags(evil=1)
+    yield f"the script: try --script {run_dir}/ppo_toy.py", flags(width=7)
+    yield "NoSuchTask", flags(env_id="NoSuchTask-v0")
+    yield "--allow-module antigravity", flags(env_id="antigravity:Task-v0")
+    yield "--capacity-steps is 1", flags(capacity_steps=1, capacity_interval=0.0)
 
 
 def test_odd_checkpoints_are_named_and_the_rest_is_done(copied, measure, errors):
-    bad, good = copied("bad"), copied("good")
-    expected = read_results_of(measure, good)
-    folder = bad / "checkpoints"
-    state = torch.load(folder / "128.pt", weights_only=True)
-    odd = {}
-    for number, case in enumerate(odd_checkpoints((folder / "128.pt").read_bytes(), state, bad)):
-        what, reason, content = case
-        path = folder / f"{1000 + number}.pt"
-        odd[path.name] = what, reason
+    bad, other, odd = copied("bad"), copied("other"), {}
+    folder, expected = bad / "checkpoints", measure(copied("good"))["0"]
+    good, state = folder / "128.pt", torch.load(folder / "128.pt", weights_only=True)
+    cases = odd_checkpoints(good.read_bytes(), state, bad)
+    for step, (reason, content) in enumerate(cases, start=1000):
+        odd[f"{step}.pt"] = reason
         if isinstance(content, bytes):
-            path.write_bytes(content)
+            (folder / f"{step}.pt").write_bytes(content)
         else:
-            if isinstance(content, dict) and content.get("global_step") is state["global_step"]:
-                content = content | {"global_step": 1000 + number}
-            torch.save(content, path)
-    (folder / "2000.pt").mkdir()
-    os.mkfifo(folder / "2001.pt")
-    (folder / "2002.pt").symlink_to("2002.pt")
-    (folder / "2003.pt").symlink_to("nowhere")
-    odd |= {f"{number}.pt": ("no file", "is not a file") for number in range(2000, 2004)}
-    for name in ("²", "best", "-1", "007", "1" * 30):
-        shutil.copy(folder / "128.pt", folder / f"{name}.pt")
-        odd[f"{name}.pt"] = "no step", "its name is not a step"
-    shutil.copy(folder / "128.pt", folder / "diverged.pt")  # what a run leaves: nothing is said
+            content = content | {"global_step": step} if isinstance(content, dict) else content
+            torch.save(content, folder / f"{step}.pt")
+    os.mkfifo(folder / "2000.pt")
+    (folder / "2001.pt").symlink_to("2001.pt")
+    for name in ("2002.pt", "².pt", "best.pt", "-1.pt", "007.pt", f"{'1' * 30}.pt"):
+        shutil.copy(good, folder / name)
+        odd[name] = "its name is not a step"
+    odd |= {"2000.pt": "is not a file", "2001.pt": "is not a file", "2002.pt": "step 128 of"}
+    shutil.copy(good, folder / "diverged.pt")  # what a run leaves: nothing is said
     (folder / "5.pt.tmp").write_bytes(b"")
-    said = errors(bad, copied("other"), "--num-targets", 2)
+    said = errors(bad, other, "--num-targets", 2)
     assert len(said) == len(odd)
-    for name, (what, reason) in odd.items():
+    for name, reason in odd.items():
         [line] = [line for line in said if line.startswith(f"{folder / name}: ")]
-        assert reason in line and len(line) < 700, (what, line)
+        assert reason in line and len(line) < 700, line
     assert "antigravity" not in sys.modules
-    assert read_results(bad, "targets2")["0"] == expected["0"]
-    assert read_results(bad, "targets2")["1"].keys() == expected["0"].keys()
-    assert read_results(bad.parent / "other", "targets2")["0"] == expected["0"]
+    assert expected.keys() == {"0", "128", "256", "384", "512"}
+    assert read_results(bad, "targets2")["0"] == expected
+    assert read_results(bad, "targets2")["1"].keys() == expected.keys()
+    assert read_results(other, "targets2")["0"] == expected
 
 
-def read_results_of(measure, run_dir):
-    results = measure(run_dir)
-    assert results["0"].keys() == {"0", "128", "256", "384", "512"}
-    return results
-
-
-def test_mujoco_checkpoints_that_do_not_fit_are_named(copied, errors):
-    run_dir = copied("run", "ppo_mujoco")
-    for step, changed in ((128, {"width": 32}), (256, {"gamma": 2.0}), (384, {"evil": 1})):
-        path = run_dir / "checkpoints" / f"{step}.pt"
-        state = torch.load(path, weights_only=True)
-        torch.save(state | {"args": state["args"] | changed}, path)
-    said = errors(run_dir)
-    assert [line.partition(": ")[0][-6:] for line in said] == ["128.pt", "256.pt", "384.pt"]
-    assert "its networks differ" in said[0] and "--gamma is 2.0" in said[1] and "evil" in said[2]
-    assert read_results(run_dir)["0"].keys() == {"0", "512"}
-
-
-def test_no_flipped_bit_changes_a_number(copied):
-    path = copied() / "checkpoints" / "512.pt"
-    good, chance = path.read_bytes(), random.Random(1)
-    weights, refused = torch.load(path, weights_only=True)["agent"], 0
-    for _ in range(20):
-        content = bytearray(good)
-        content[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
-        path.write_bytes(content)
-        try:
-            state, *_ = capacity.load_checkpoint(path, capacity.Args(()))
-        except capacity.Unusable as problem:
-            refused += 1
-            assert "damaged" in str(problem)
-        else:  # a bit that says nothing, as those of dates
-            assert all(torch.equal(x, weights[name]) for name, x in state["agent"].items())
-    assert refused > 8
-
-
-def odd_results():
-    """Files in place of results.json."""
-    fit = '{"actor": 0.5, "critic": 0.5}'
-    yield from (b"", b"[]", b"\xff\xfe\xfa", b"[" * 100_000)
-    for text in (
-        '{"0": []}',
-        '{"0": {"128": {"actor": 0.5}}}',
-        '{"0": {"128": {"actor": [1.0], "critic": 0.5}}}',
-        '{"0": {"128": {"actor": true, "critic": 0.5}}}',
-        '{"0": {"128": {"actor": NaN, "critic": 0.5}}}',
-        '{"0": {"128": {"actor": 0.5, "critic": 0.5, "\\ud800": 0.5}}}',
-        f'{{"1": {{"128": {fit}}}}}',
-        f'{{"0": {{"latest": {fit}}}}}',
-        '{"0": {"128": {"actor": 0.5, "critic": 0.5}}',
-    ):
-        yield text.encode()
+ODD_RESULTS = [  # what stands in place of results.json
+    "",
+    "[]",
+    '{"0": {"128": {"actor": 0.5}}}',
+    '{"0": {"128": {"actor": true, "critic": 0.5}}}',
+    '{"0": {"128": {"actor": NaN, "critic": 0.5}}}',
+    '{"0": {"128": {"actor": 0.5, "critic": 0.5, "\\ud800": 0.5}}}',
+    '{"1": {"128": {"actor": 0.5, "critic": 0.5}}}',
+    '{"0": {"latest": {"actor": 0.5, "critic": 0.5}}}',
+]
 
 
 def test_odd_results_are_named_and_left_and_other_runs_are_done(copied, errors):
-    odd = [put(copied(f"odd{i}"), content) for i, content in enumerate(odd_results())]
-    before = [path.read_bytes() for path in odd]
-    for name in ("folder", "fifo", "loop"):
-        odd.append(put(copied(name), b""))
-        odd[-1].unlink()
-    odd[-3].mkdir()
-    os.mkfifo(odd[-2])
-    odd[-1].symlink_to("results.json")
-    good = copied("good")
+    texts = [put(copied(f"odd{i}"), text.encode()) for i, text in enumerate(ODD_RESULTS)]
+    fifo, loop = (put(copied(name), b"") for name in ("fifo", "loop"))
+    fifo.unlink()
+    loop.unlink()
+    os.mkfifo(fifo)
+    loop.symlink_to("results.json")
+    odd, good = [*texts, fifo, loop], copied("good")
     said = errors(*(path.parents[1] for path in odd), good)
-    assert len(said) == len(odd)
-    for path, line in zip(odd, said):
+    for path, line in zip(odd, said, strict=True):
         assert line.startswith(f"{path.parents[1]}: {path} cannot be used, move it away: "), line
-    assert [path.read_bytes() for path in odd[:-3]] == before and odd[-2].is_fifo()
+    assert [path.read_text() for path in texts] == ODD_RESULTS
+    assert fifo.is_fifo() and loop.is_symlink()
     assert len(read_results(good)["0"]) == 5
 
 
 def test_folders_that_are_no_runs_are_named(copied, errors, tmp_path):
-    runs = tmp_path / "runs"
     good = copied("good")
+    runs = good.parent
     (runs / "file").write_text("no run")
-    os.mkfifo(runs / "fifo")
-    (runs / "loop").symlink_to("loop")
-    for name in ("empty", "checkpoints_file/x", "diverged/checkpoints", "inner_loop"):
-        (runs / name).mkdir(parents=True)
-    (runs / "checkpoints_file" / "checkpoints").write_text("no folder")
-    (runs / "inner_loop" / "checkpoints").symlink_to("checkpoints")
+    (runs / "diverged" / "checkpoints").mkdir(parents=True)
     shutil.copy(good / "checkpoints" / "0.pt", runs / "diverged" / "checkpoints" / "diverged.pt")
     (copied("results_file") / "capacity-default").write_text("no folder")
-    (copied("unfinished") / "capacity-default" / "unfinished").mkdir(parents=True)
-    names = ("nothing", "file", "fifo", "loop", "empty", "checkpoints_file", "inner_loop")
-    no_run = [runs / name for name in names]
-    empty = [runs / "diverged"]
-    unwritable = [runs / "results_file", runs / "unfinished"]
-    said = errors(*no_run, *empty, *unwritable, good, good)
-    assert len(said) == 10
-    for path, line in zip([*no_run, *empty, *unwritable], said):
-        assert line.startswith(f"{path}: "), line
-    assert all("this is not a run's folder: name runs/NAME" in line for line in said[:7])
-    assert "it has no checkpoints/STEP.pt" in said[7]
-    assert "exists" in said[8] and len(read_results(good)["0"]) == 5
+    says = dict.fromkeys(("nothing", "file"), "this is not a run's folder: name runs/NAME")
+    says |= {"diverged": "it has no checkpoints/STEP.pt", "results_file": "exists"}
+    said = errors(*(runs / name for name in says), good)
+    for line, (name, reason) in zip(said, says.items(), strict=True):
+        assert line.startswith(f"{runs / name}: ") and reason in line, line
+    assert len(read_results(good)["0"]) == 5
 
 
-def test_what_cannot_be_read_is_named(copied, errors, monkeypatch):
-    run_dir, open_zip = copied(), capacity.zipfile.ZipFile
-
-    def denied(path):
-        if path.stem == "128":
-            raise PermissionError(13, "Permission denied", str(path))
-        return open_zip(path)
-
-    monkeypatch.setattr(capacity.zipfile, "ZipFile", denied)
-    [said] = errors(run_dir)
-    assert "128.pt: it is damaged" in said and "PermissionError" in said
-    assert len(read_results(run_dir)["0"]) == 4
-
-
-def test_a_malicious_checkpoint_is_not_executed(copied, errors, tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'executed'}",)
-
-    run_dir = copied()
-    torch.save({"script": TOY, "agent": Malicious()}, run_dir / "checkpoints" / "128.pt")
-    [said] = errors(run_dir)
-    assert "128.pt: " in said and not (tmp_path / "executed").exists()
-
-
-def test_a_module_is_imported_only_if_it_is_named(run, measure, errors):
+def test_a_module_is_imported_if_it_is_named(run, measure):
     """probe_envs is found in tests/, as a module of the user's would be."""
     run_dir = run("ppo_mujoco", "--env-id probe_envs:Clock-v0 --capacity-interval 0")
-    before = sys.modules.pop("probe_envs")
-    said = errors(run_dir)
-    assert len(said) == 5 and all("--allow-module probe_envs" in line for line in said)
-    assert "probe_envs" not in sys.modules
     assert len(measure(run_dir, "--allow-module", "probe_envs")["0"]) == 5
-    sys.modules["probe_envs"] = before
 
 
 def test_losses_that_are_not_finite_are_null_and_done(copied, measure, monkeypatch):
@@ -530,83 +419,57 @@ def test_what_is_done_is_skipped_and_the_table_shown_again(copied, measure, monk
     assert capsys.readouterr().out == table
     part = json.loads(json.dumps(whole))
     del part["0"]["512"], part["1"]["0"], part["1"]["fresh"]
-    path = put(run_dir, json.dumps(part).encode(), "targets2-controls")
+    put(run_dir, json.dumps(part).encode(), "targets2-controls")
     assert measure(run_dir, "--num-targets", 2, "--controls") == whole
     assert len(calls) == 5  # two with heads and a fresh network
-    path.unlink()
-    (run_dir / "checkpoints" / "128.pt").unlink()
-    assert measure(run_dir, "--num-targets", 2, "--controls")["0"].keys() == {*whole["0"]} - {"128"}
 
 
 @pytest.mark.parametrize("function", ["replace", "write_bytes"])
+@pytest.mark.parametrize("call", [3, 4])  # the write of a second fit's events, or of its result
 def test_a_reader_sees_whole_files_whenever_it_is_interrupted(
-    copied, measure, monkeypatch, function
+    copied, measure, monkeypatch, function, call
 ):
-    """At every write: half of the bytes arrive, and then the process ends."""
+    """Half of the bytes arrive, and then the process ends. What results.json holds is not done
+    again, so the events are there before it."""
     owner = {"replace": capacity.os, "write_bytes": capacity.Path}[function]
     whole_dir, run_dir = copied("whole"), copied("run")
-    whole, original, done = measure(whole_dir), getattr(owner, function), 0
-    for _ in range(20):
-        calls = []
+    whole, original, calls = measure(whole_dir), getattr(owner, function), []
 
-        def interrupted(path, content):
-            calls.append(1)  # noqa: B023
-            if len(calls) == 3:  # noqa: B023
-                if function == "write_bytes":
-                    original(path, content[: len(content) // 2])
-                raise KeyboardInterrupt
-            return original(path, content)
+    def interrupted(path, content):
+        calls.append(1)
+        if len(calls) == call:
+            if function == "write_bytes":
+                original(path, content[: len(content) // 2])
+            raise KeyboardInterrupt
+        return original(path, content)
 
-        monkeypatch.setattr(owner, function, interrupted)
-        try:
-            results = measure(run_dir)
-            break
-        except KeyboardInterrupt:
-            read = read_results(run_dir)["0"]
-            assert read.items() <= whole["0"].items() and len(read) > done
-            done = len(read)
-            events = read_scalars(run_dir / "capacity-default")["capacity/actor"]
-            assert len(events) == done  # this call's third write is the events' second
-    assert done == 4 and results == whole
+    monkeypatch.setattr(owner, function, interrupted)
+    for done in range(1, 5):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            measure(run_dir)
+        results = read_results(run_dir)["0"]
+        assert results.items() <= whole["0"].items() and len(results) == done
+        events = read_scalars(run_dir / "capacity-default")["capacity/actor"]
+        assert len(events) == done + call - 3
+    calls.clear()
+    assert measure(run_dir) == whole
     ours, theirs = (read_scalars(x / "capacity-default") for x in (run_dir, whole_dir))
     assert ours == theirs
 
 
-def test_events_are_never_behind_the_results(copied, measure, monkeypatch):
-    """What results.json holds is not done again, so the events must be there before it."""
-    run_dir, replace, calls = copied(), os.replace, []
-
-    def interrupted(path, target):
-        calls.append(1)
-        if len(calls) == 10:  # the last of five times two
-            raise KeyboardInterrupt
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        measure(run_dir)
-    measure(run_dir)
-    assert len(read_scalars(run_dir / "capacity-default")["capacity/actor"]) == 5
-
-
-def test_a_full_disk_is_named_and_other_runs_are_done(copied, measure, errors, monkeypatch):
+def test_a_full_disk_is_named_and_other_runs_are_done(copied, errors, monkeypatch):
     full, good, write = copied("full"), copied("good"), capacity.Path.write_bytes
-    measure(full)
-    before = read_results(full)
 
     def full_disk(path, content):
         if "full" in path.parts:
-            write(path, content[:10])
             raise OSError(28, "No space left on device")
         return write(path, content)
 
     monkeypatch.setattr(capacity.Path, "write_bytes", full_disk)
-    shutil.copy(full / "checkpoints" / "512.pt", full / "checkpoints" / "640.pt")
-    state = torch.load(full / "checkpoints" / "512.pt", weights_only=True)
-    torch.save(state | {"global_step": 640}, full / "checkpoints" / "640.pt")
     [said] = errors(full, good)
     assert said.startswith(f"{full}: ") and "No space left" in said
-    assert read_results(full) == before and len(read_results(good)["0"]) == 5
+    assert len(read_results(good)["0"]) == 5
 
 
 def test_a_second_process_is_refused(copied, measure, errors):
@@ -619,33 +482,11 @@ def test_a_second_process_is_refused(copied, measure, errors):
     assert len(read_results(other)["0"]) == len(measure(run_dir)["0"]) == 5
 
 
-def test_two_processes_and_a_kill_spoil_nothing(copied, measure):
-    run_dir = copied()
-    flags, folder = [run_dir, "--num-targets", "500"], run_dir / "capacity-targets500"
-    first = Process("capacity", flags).wait_until((folder / "results.json").exists)
-    second = call("capacity", flags)
-    assert first.running() and second.returncode == 2
-    assert second.stderr.rstrip().endswith("another process measures it")
-    first.kill()
-    done = read_results(run_dir, "targets500")["0"]
-    assert done and done.items() <= measure(copied("whole"))["0"].items()
-    with filelock.FileLock(folder / ".lock", timeout=0):  # nobody is at work any more
-        pass
-
-
 def test_control_c_is_one_line_and_the_same_command_continues(copied, measure):
     run_dir = copied()
     prepare = fault_at(f"{TOY}:capacity_loss", 3, "SIGINT")
     process = call("capacity", [run_dir], prepare=prepare)
     assert "interrupted; the same command continues" in one_line(process, 130)
     assert read_results(run_dir)["0"].keys() == {"0", "128"}
-    process = call("capacity", [run_dir])
-    assert process.returncode == 0 and process.stdout.count("\n") == 7
+    assert fine(call("capacity", [run_dir])).stdout.count("\n") == 7
     assert read_results(run_dir) == measure(copied("whole"))
-
-
-def test_the_exit_code_is_2_if_anything_was_not_done(copied):
-    good = copied()
-    process = call("capacity", ["nothing", good])
-    assert process.returncode == 2 and len(read_results(good)["0"]) == 5
-    assert "error: nothing: this is not a run's folder" in one_line(process, 2)

@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoints, make_envs, read_scalars
+from conftest import make_envs
 
 import ppo_mujoco as script
 
@@ -130,15 +130,3 @@ def test_collected_states_are_what_the_agent_visits():
     assert len({tuple(state.tolist()) for state in states}) == 100
     again, _ = make_envs("Hopper-v4", num_envs=4).collect(agent, 100, seed=0)
     assert np.array_equal(states, again)
-
-
-def test_a_fork_with_another_batch_counts_from_its_own_step(run):
-    """SB3#978: the fork's last step, its first learning rate and its checkpoints."""
-    flags = "--total-timesteps 1024 --anneal-lr --capacity-interval 0"
-    parent = run("ppo_mujoco", flags + " --snapshot-interval 0.125", name="parent")
-    fork = f"{flags} --fork-from {checkpoints(parent)[384]} --num-steps 100"
-    folder = run("ppo_mujoco", fork, name="fork")
-    steps, rates = zip(*read_scalars(folder)["charts/learning_rate"])
-    assert steps == (584, 784, 984) and max(checkpoints(folder)) == 984
-    expected = [3e-4 * (1 - step / 1024) for step in (384, 584, 784)]
-    assert rates == pytest.approx(expected, rel=1e-5)

@@ -16,7 +16,6 @@ import ppo_mujoco as script
 import ppo_toy
 
 OBS_DIM, ACTION_DIM, BATCH = 7, 3, 32
-SCRIPTS = {"ppo_mujoco": script, "ppo_atari": ppo_atari, "ppo_toy": ppo_toy}
 
 
 def make_agent(action_dim=ACTION_DIM, **flags):
@@ -45,12 +44,9 @@ def gradient(agent, minibatch, **flags):
     return torch.cat(gradients), losses
 
 
-def flat(gradients):
-    return torch.cat([g.flatten() for g in gradients])
-
-
 def normalised(advantages):
-    return (advantages - advantages.mean()) / advantages.std(correction=0)
+    std, mean = torch.std_mean(advantages, correction=0)
+    return (advantages - mean) / std
 
 
 def policy_of(agent, loc, scale):
@@ -60,24 +56,16 @@ def policy_of(agent, loc, scale):
 
 
 def test_tanh_normal_log_prob_is_that_of_torch_distributions():
+    """Also where tanh(u) rounds to 1."""
     agent = make_agent().double()
     policy = agent(torch.randn(BATCH, OBS_DIM).double()).policy
     u = torch.randn(BATCH, ACTION_DIM).double()
+    u[:3] = torch.tensor([[15.0], [-15.0], [50.0]])
     transform = torch.distributions.TanhTransform(cache_size=1)
     normal = torch.distributions.Normal(*agent.normal(policy))
     distribution = torch.distributions.TransformedDistribution(normal, [transform])
     expected = distribution.log_prob(transform(u)).sum(-1)
     torch.testing.assert_close(agent.log_prob(policy, u), expected)
-
-
-@pytest.mark.parametrize("u", [15.0, -15.0, 50.0])
-def test_log_prob_is_exact_where_tanh_saturates(u):
-    agent = make_agent().double()
-    policy = agent(torch.randn(1, OBS_DIM).double()).policy
-    actions = torch.full((1, ACTION_DIM), u, dtype=torch.float64)
-    normal = torch.distributions.Normal(*agent.normal(policy)).log_prob(actions)
-    slope = math.log(4) - 2 * abs(u)  # log(1 - tanh^2) for large |u|
-    torch.testing.assert_close(agent.log_prob(policy, actions), (normal - slope).sum(-1))
 
 
 def test_gaussian_log_prob_entropy_and_kl_are_those_of_torch_distributions():
@@ -134,14 +122,13 @@ def test_the_kl_of_near_normals(difference):
     assert agent.kl(policy, other).item() == pytest.approx(exact, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["ppo_atari", "ppo_toy"])
+@pytest.mark.parametrize("agent", [ppo_atari.Agent, ppo_toy.Agent])
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
-def test_the_kl_of_near_categorical_policies(name, size):
+def test_the_kl_of_near_categorical_policies(agent, size):
     logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).double()
     policy, other = logits.log_softmax(1), (logits + size * logits.flip(0)).log_softmax(1)
     exact = (policy.exp() * (policy - other)).sum(1).mean().item()
-    agent = SCRIPTS[name].Agent  # its kl reads nothing of an agent
-    ours = agent.kl(None, policy.float(), other.float()).mean().item()
+    ours = agent.kl(None, policy.float(), other.float()).mean().item()  # it reads nothing of None
     assert ours == pytest.approx(exact, rel=0.01)
 
 
@@ -154,8 +141,6 @@ TORCHRL = [
     (10.0, 0.1, 10.069999694824219, 7.247732639312744, -364.2559509277344),
     (6.5, 0.3, 6.559999942779541, 6.561992645263672, 12.001379013061523),
     (-7.25, 0.02, -7.260000228881836, -7.247732639312744, 16.0958309173584),
-    (5.0, 4.0, 8.600000381469727, 7.247732639312744, 10.6460542678833),
-    (1.0, 0.02, 1.059999942779541, 1.059999942779541, -0.5464874505996704),
 ]
 
 
@@ -234,21 +219,17 @@ def test_the_numpy_actor_samples_the_torch_policy(flags):
     np.testing.assert_allclose(*noisy_actions(agent), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["LayerNorm", "GELU", "no bias", "Dropout"])
-def test_the_numpy_actor_follows_the_layers(kind):
+@pytest.mark.parametrize("layer", [nn.LayerNorm(64), nn.Linear(64, 64, bias=False), nn.Dropout()])
+def test_the_numpy_actor_follows_the_layers(layer):
     """It computes layers that it does not know with torch."""
     agent = make_agent(action_logprob="sampled")
-    linear = nn.Linear(64, 64, bias=False)
-    layers = {"LayerNorm": nn.LayerNorm(64), "GELU": nn.GELU(), "no bias": linear}
-    layer = layers.get(kind) or nn.Dropout()
     agent.actor_trunk = nn.Sequential(*agent.actor_trunk, layer, nn.Softplus())
     np.testing.assert_allclose(*noisy_actions(agent.eval()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [None, nn.Tanh, nn.GELU])
-def test_preactivations_are_the_inputs_of_each_activation_and_the_output(kind):
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU()])
+def test_preactivations_are_the_inputs_of_each_activation_and_the_output(activation):
     agent = make_agent()
-    activation = kind() if kind else agent.activation
     trunk = nn.Sequential(
         *(nn.Linear(OBS_DIM, 64), nn.LayerNorm(64), activation),
         *(nn.Linear(64, 64), activation, nn.Linear(64, 64), nn.LayerNorm(64)),
@@ -259,26 +240,21 @@ def test_preactivations_are_the_inputs_of_each_activation_and_the_output(kind):
     assert len(ours) == 3 and all(map(torch.equal, ours, expected))
 
 
-@pytest.mark.parametrize("flags", [{}, {"share_trunk": True}])
-def test_each_parameter_is_in_one_group(monkeypatch, flags):
-    agent = make_agent(**flags)
-    grouped = [id(p) for group in agent.groups for p in group]
-    assert sorted(grouped) == sorted(id(p) for p in agent.parameters())
-    stray = nn.Parameter(torch.zeros(3))
+def test_each_parameter_is_in_one_group(monkeypatch):
+    for agent in (make_agent(), make_agent(share_trunk=True)):
+        grouped = [id(p) for group in agent.groups for p in group]
+        assert sorted(grouped) == sorted(id(p) for p in agent.parameters())
+    stray = [("encoder.bias", nn.Parameter(torch.zeros(3)))]
     named = script.Agent.named_parameters
-    monkeypatch.setattr(
-        script.Agent, "named_parameters", lambda agent: [*named(agent), ("encoder.bias", stray)]
-    )
-    if not flags:
-        with pytest.raises(AssertionError, match="actor_"):
-            make_agent()
+    monkeypatch.setattr(script.Agent, "named_parameters", lambda agent: [*named(agent), *stray])
+    with pytest.raises(AssertionError, match="actor_"):
+        make_agent()
 
 
 def plain_ppo_loss(agent, obs, actions, logprobs, advantages, returns, **_):
     """PPO-Clip and nothing else."""
     policy, values, *_ = agent(obs)
-    std, mean = torch.std_mean(advantages, correction=0)
-    advantages = (advantages - mean) / std
+    advantages = normalised(advantages)
     ratio = (agent.log_prob(policy, actions) - logprobs).exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
     return policy_loss + 0.5 * (values - returns).square().mean()
@@ -338,7 +314,8 @@ def test_pfo_adds_its_coefficient_times_the_squared_drift(layers, reduction):
     torch.testing.assert_close(logged_without["pfo_loss"], drift.detach())  # also when it is off
     trunk = list(agent.actor_trunk.parameters())
     expected = torch.zeros_like(without)
-    expected[: sum(p.numel() for p in trunk)] = flat(torch.autograd.grad(3 * drift, trunk))
+    drift_gradient = script.flat_vector(torch.autograd.grad(3 * drift, trunk))
+    expected[: len(drift_gradient)] = drift_gradient
     torch.testing.assert_close(with_pfo - without, expected, atol=1e-9, rtol=1e-6)
 
 
@@ -348,7 +325,7 @@ def test_entropy_bonus(policy):
     without, _ = gradient(agent, minibatch, policy=policy)
     with_bonus, _ = gradient(agent, minibatch, policy=policy, ent_coef=0.5)
     entropy = agent.entropy(agent(minibatch["obs"]).policy).mean()
-    actor = flat(torch.autograd.grad(entropy, agent.groups[0]))
+    actor = script.flat_vector(torch.autograd.grad(entropy, agent.groups[0]))
     difference = (without - with_bonus)[: len(actor)]
     torch.testing.assert_close(difference, 0.5 * actor, rtol=1e-4, atol=1e-5)
     assert torch.equal(without[len(actor) :], with_bonus[len(actor) :])
@@ -389,12 +366,9 @@ def test_what_is_logged_of_a_minibatch():
     assert logged.keys() == expected.keys() | {"pfo_loss", "actor_grad_norm", "critic_grad_norm"}
 
 
-def test_advantages_are_normalised_per_minibatch():
+def test_equal_advantages_give_no_direction():
     agent, minibatch = make_agent(), make_minibatch(make_agent())
-    expected, _ = gradient(agent, minibatch)
-    minibatch["advantages"] = 70 + 30 * minibatch["advantages"]
-    torch.testing.assert_close(gradient(agent, minibatch)[0], expected, rtol=1e-3, atol=1e-6)
-    minibatch["advantages"] = torch.full((BATCH,), 7.0)  # all the same: no direction
+    minibatch["advantages"] = torch.full((BATCH,), 7.0)
     assert gradient(agent, minibatch, vf_coef=0.0)[0].abs().max() == 0
 
 
@@ -410,80 +384,41 @@ def test_overflowing_ratios_give_a_finite_gradient(shift):
 
 
 def test_a_shared_trunk_is_one_trunk_with_both_losses_and_one_clip():
-    agent = make_agent(share_trunk=True)
+    separate, agent = make_agent(), make_agent(share_trunk=True)
+    assert separate.critic_trunk is not separate.actor_trunk
     assert agent.critic_trunk is agent.actor_trunk and len(agent.groups) == 1
     outputs, weight = agent(torch.randn(BATCH, OBS_DIM)), agent.actor_trunk[0].weight
     assert outputs.actor_preactivations is outputs.critic_preactivations
     for loss in (outputs.policy.sum(), outputs.values.sum()):
         assert torch.autograd.grad(loss, weight, retain_graph=True)[0].abs().max() > 0
-    separate = make_agent()
-    values, weight = separate(torch.randn(BATCH, OBS_DIM)).values, separate.actor_trunk[0].weight
-    assert torch.autograd.grad(values.sum(), weight, allow_unused=True)[0] is None
 
 
-def test_resetting_adam_makes_the_next_step_a_first_step():
-    optimizer, vectors = script.make_optimizer(make_agent(), script.Args())
-    for _ in range(5):
-        script.step(optimizer, vectors, [torch.randn_like(vector) for vector in vectors])
-    optimizer.state.clear()
-    before = vectors[0].detach().clone()
-    script.step(optimizer, vectors, [torch.randn_like(vector) for vector in vectors])
-    expected = -3e-4 * vectors[0].grad.sign()  # Adam's first step is lr * sign(gradient)
-    torch.testing.assert_close(vectors[0].detach() - before, expected, rtol=1e-3, atol=1e-7)
-
-
-def test_the_agent_computes_with_views_of_the_optimizers_vectors():
-    agent, args = make_agent(), script.Args()
-    copied = copy.deepcopy(agent)
-    _, vectors = script.make_optimizer(agent, args)
-    obs = torch.randn(BATCH, OBS_DIM)
-    assert torch.equal(agent(obs)[0], copied(obs)[0])  # the values stay
-    with torch.no_grad():
-        vectors[0].zero_()
-    assert agent(obs).policy.abs().max() == 0 and torch.equal(agent(obs).values, copied(obs).values)
-    agent.load_state_dict(copied.state_dict())
-    assert vectors[0].abs().max() > 0
-
-
-def cast(agent):
-    agent.double().float()
-
-
-def assign(agent):
-    weights = {name: x.clone() for name, x in agent.state_dict().items()}
-    agent.load_state_dict(weights, assign=True)
-
-
-@pytest.mark.parametrize("cut", [cast, assign])
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_atari"])
-def test_an_agent_that_is_cut_off_from_its_vectors_is_an_error(monkeypatch, run, name, cut):
+def test_an_agent_that_is_cut_off_from_its_vectors_is_an_error(monkeypatch, run):
     """pytorch#2830: it would never learn again."""
-    real = SCRIPTS[name].make_optimizer
+    real = script.make_optimizer
 
     def make_optimizer(agent, args):
         optimizer, vectors = real(agent, args)
-        cut(agent)
+        agent.double().float()
         return optimizer, vectors
 
-    monkeypatch.setattr(SCRIPTS[name], "make_optimizer", make_optimizer)
+    monkeypatch.setattr(script, "make_optimizer", make_optimizer)
     with pytest.raises(AssertionError, match="make_optimizer"):
-        run(name, "--capacity-interval 0")
+        run("ppo_mujoco", "--capacity-interval 0")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_minibatches_are_a_permutation(name):
+def test_minibatches_are_a_permutation():
     x = torch.arange(103).float()
     batch = {"obs": x[:, None].expand(-1, 4), "advantages": x**2}
-    minibatches = list(SCRIPTS[name].minibatches(batch, 20))
+    minibatches = list(script.minibatches(batch, 20))
     assert len(minibatches) == 5  # 3 samples are dropped
     rows = torch.cat([minibatch["obs"][:, 0] for minibatch in minibatches])
     assert torch.equal(torch.cat([x["advantages"] for x in minibatches]), rows**2)
     assert len(set(rows.tolist())) == 100 and rows.tolist() != sorted(rows.tolist())
 
 
-@pytest.mark.parametrize("layers", ["last", "all"])
-def test_evaluate_in_chunks_is_the_forward(layers):
-    agent, obs = make_agent(pfo_layers=layers), torch.randn(2500, OBS_DIM)
+def test_evaluate_in_chunks_is_the_forward():
+    agent, obs = make_agent(), torch.randn(2500, OBS_DIM)
     outputs = script.evaluate(agent, obs)
     torch.testing.assert_close(tuple(outputs), tuple(x.detach() for x in agent(obs)))
     assert not outputs.policy.requires_grad
