@@ -27,58 +27,49 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[1]
 
-SB3_MUJOCO = """
+SB3_START = """
 import gymnasium as gym, sys, time, torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-gym.logger.min_level = gym.logger.ERROR
-torch.set_num_threads(1)
 
 class Clock(BaseCallback):
     starts = []
     def _on_step(self): return True
     def _on_rollout_start(self): self.starts.append(time.perf_counter())
-
-env_id, epochs, iterations = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+"""
+SB3_MUJOCO = """
+from stable_baselines3.common.env_util import make_vec_env
+gym.logger.min_level = gym.logger.ERROR
+torch.set_num_threads(1)
+env_id, epochs, iterations, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 2048
 net = dict(net_arch=dict(pi=[64, 64], vf=[64, 64]), optimizer_kwargs=dict(eps=1e-8))
 envs = make_vec_env(env_id, n_envs=2, seed=1)
 model = PPO("MlpPolicy", envs, n_steps=1024, batch_size=64, n_epochs=epochs, device="cpu",
             policy_kwargs=net, learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, clip_range=0.2,
             ent_coef=0.0, vf_coef=0.5)
-clock = Clock()
-model.learn(2048 * iterations, callback=clock)
-ends = clock.starts[1:] + [time.perf_counter()]
-print(2048 * (iterations - 1) / (ends[-1] - ends[0]))
 """
-
 SB3_ATARI = """
-import ale_py, gymnasium as gym, sys, time, torch
-from stable_baselines3 import PPO
+import ale_py
 from stable_baselines3.common.atari_wrappers import ClipRewardEnv, WarpFrame
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 gym.register_envs(ale_py)
 torch.set_num_threads(2)
-
-class Clock(BaseCallback):
-    starts = []
-    def _on_step(self): return True
-    def _on_rollout_start(self): self.starts.append(time.perf_counter())
 
 def make():
     env = gym.make("ALE/Phoenix-v5", frameskip=3, repeat_action_probability=0.25)
     return ClipRewardEnv(WarpFrame(env))
 
-iterations = int(sys.argv[1])
+iterations, steps = int(sys.argv[1]), 1024
 envs = VecFrameStack(DummyVecEnv([make] * 8), 4)
 model = PPO("CnnPolicy", envs, n_steps=128, batch_size=256, n_epochs=4, device="cpu",
             policy_kwargs=dict(share_features_extractor=False), learning_rate=2.5e-4,
             clip_range=0.1, ent_coef=0.01)
+"""
+SB3_END = """
 clock = Clock()
-model.learn(1024 * iterations, callback=clock)
+model.learn(steps * iterations, callback=clock)
 ends = clock.starts[1:] + [time.perf_counter()]
-print(1024 * (iterations - 1) / (ends[-1] - ends[0]))
+print(steps * (iterations - 1) / (ends[-1] - ends[0]))
 """
 
 
@@ -110,13 +101,17 @@ def measure(root, script, flags, iterations, log_every=2.44, steps=2048, warm_up
     return (points[-1][0] - first[0]) * steps / (points[-1][1] - first[1])
 
 
-def seconds(flags, iterations):
-    """How long a run on Hopper-v4 takes from its first to its last iteration."""
-    return 2048 * (iterations - 4) / measure(ROOT, "ppo_mujoco", flags, iterations)
+def seconds(iterations, mode, **changed):
+    """How long a run on Hopper-v4 takes after its fourth iteration, without the parts that are not
+    training. `changed` are the intervals of those that it has."""
+    intervals = {"capacity": 0, "checkpoint": 1, "snapshot": 1, "log": 4 / iterations} | changed
+    flags = " ".join(f"--{name}-interval {x}" for name, x in intervals.items())
+    return 2048 * (iterations - 4) / measure(ROOT, "ppo_mujoco", f"{flags} {mode}", iterations)
 
 
 def theirs(code, *arguments):
-    """What Stable-Baselines3 code prints."""
+    """The steps per second that Stable-Baselines3 code prints."""
+    code = SB3_START + code + SB3_END
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     process = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(process.stdout.split()[-1])
@@ -139,12 +134,6 @@ def start_up(script, flags=""):
 def spread(values, form):
     middle, *ends = (form.format(f(values)) for f in (statistics.median, min, max))
     return f"{middle} ({ends[0]} to {ends[1]})"
-
-
-def print_pairs(name, pairs, form="{:.0f}"):
-    ours, others = zip(*pairs)
-    ratios = spread([a / b for a, b in pairs], "{:.3f}")
-    print(f"| {name} | {spread(ours, form)} | {spread(others, form)} | {ratios} |", flush=True)
 
 
 ACROBOT = "--env-id Acrobot-v1 --activation relu --width 32 --update-epochs 80"
@@ -181,7 +170,9 @@ def speeds(args):
             speed = measure(ROOT, *ours)
             other = measure(args.against, *ours) if args.against else theirs(*sb3)
             pairs.append((speed, other))
-        print_pairs(name, pairs)
+        speeds_of_both = " | ".join(spread(column, "{:.0f}") for column in zip(*pairs))
+        ratios = spread([ours / other for ours, other in pairs], "{:.3f}")
+        print(f"| {name} | {speeds_of_both} | {ratios} |", flush=True)
 
 
 def costs(args):
@@ -194,15 +185,10 @@ def costs(args):
     for mode in ("", "--compile"):
         shares = []
         for _ in range(args.repeats):
-            off = f"--capacity-interval 0 --checkpoint-interval 1 --snapshot-interval 1 {mode}"
-            few = f"{off} --log-interval {4 / n}"
-            plain = seconds(few, n)
-            often = f"{off} --log-interval {1 / n}"
-            points = (seconds(often, n) - plain) / (n * 3 / 4)  # seconds a log point
-            fits = off.replace("--capacity-interval 0", f"--capacity-interval {4 / n}")
-            fit = (seconds(f"{fits} --log-interval {4 / n}", n) - plain) / (n / 4 - 1)
-            saves = off.replace("--checkpoint-interval 1", f"--checkpoint-interval {1 / n}")
-            save = (seconds(f"{saves} --log-interval {4 / n}", n) - plain) / (n - 4)
+            plain = seconds(n, mode)
+            points = (seconds(n, mode, log=1 / n) - plain) / (n * 3 / 4)  # seconds a log point
+            fit = (seconds(n, mode, capacity=4 / n) - plain) / (n / 4 - 1)
+            save = (seconds(n, mode, checkpoint=1 / n) - plain) / (n - 4)
             full = plain / (n - 4) * 2441
             shares.append([points * 1000 / full, fit * 41 / full, save * 541 / full])
         cells = [spread(column, "{:.1%}") for column in zip(*shares)]

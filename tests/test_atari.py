@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.nn as nn
 from ale_py import roms
-from ale_py.vector_env import AtariVectorEnv
-from conftest import SMALL, call, checkpoints, fault_at, same_weights
 
 import ppo_atari as script
 
@@ -73,22 +71,6 @@ def test_the_settings_are_the_papers():
     assert (args.frameskip, args.sticky, args.maxpool, args.noop_max) == (3, 0.25, False, 0)
     assert (args.fire_reset, args.episodic_life, args.sign_reward) == (False, False, True)
     assert args.max_episode_frames == 108_000
-    envs = make_envs(1)
-    assert envs.action_dim == 8  # Phoenix's minimal actions
-    envs.reset()
-    *_, info = envs.envs.step(np.array([0]))
-    assert info["frame_number"][0] == 3
-
-
-def test_sticky_actions_make_the_game_depend_on_its_seed():
-    actions = np.random.default_rng(0).integers(0, 8, 200)
-    for sticky, same in ((0.0, True), (0.25, False)):
-        ends = []
-        for seed in (1, 2):
-            envs = make_envs(1, sticky=sticky, seed=seed)
-            frames = [envs.reset()] + [envs.step(np.array([action]))[0] for action in actions]
-            ends.append(np.concatenate(frames))
-        assert np.array_equal(*ends) == same
 
 
 def test_every_episode_is_right_and_can_be_replayed_from_its_seed_and_actions():
@@ -133,7 +115,7 @@ def test_the_last_observation_before_a_time_limit_is_true(limit, steps, episodic
             frames = [np.zeros((84, 84), np.uint8)] * 3 + frames
             np.testing.assert_array_equal(obs, frames[-4:])
             np.testing.assert_array_equal(next_obs[i, :3], 0)
-            assert steps == 1 or not np.array_equal(obs[-1], obs[-2])  # the games move
+            assert not np.array_equal(obs[-1], obs[-2])  # the games move
             assert len(envs.actions[i]) == 0 and envs.seeds[i] != seeds[i]
             ends[i] += 1
     assert min(ends) >= 2 and len(envs.finished) - finished == sum(ends)
@@ -149,33 +131,24 @@ def test_what_begins_a_game_does_not_count_to_its_limit(flags):
     assert [length for _, length in envs.finished] == [10, 10]
 
 
-def test_the_loss_of_a_life_ends_the_return_but_not_the_game():
-    flags = {"env_id": "ALE/Breakout-v5"}
+BREAKOUT, ADVENTURE = {"env_id": "ALE/Breakout-v5"}, {"env_id": "ALE/Adventure-v5", "frameskip": 12}
+
+
+@pytest.mark.parametrize("flags, losses", [(BREAKOUT, 4), (ADVENTURE, 0)])
+def test_the_loss_of_a_life_ends_the_return_but_not_the_game(flags, losses):
+    """Breakout ends with the last of five lives, Adventure with a life that is left."""
     envs, plain = make_envs(1, episodic_life=True, **flags), make_envs(1, **flags)
     envs.reset()
     plain.reset()
     rng, ends, plain_ends = np.random.default_rng(0), 0, 0
     while not plain.finished:
-        actions = rng.integers(0, 4, 1)
+        actions = rng.integers(0, envs.action_dim, 1)
         obs, _, terminations, _, final_obs = envs.step(actions)
         plain_obs, _, plain_terminations, *_ = plain.step(actions)
         np.testing.assert_array_equal(obs[:, -1], plain_obs[:, -1])  # the same game goes on
         assert len(final_obs) == terminations.sum()
         ends, plain_ends = ends + terminations.sum(), plain_ends + plain_terminations.sum()
-    assert (ends, plain_ends) == (5, 1)  # five lives
-    assert envs.finished == plain.finished
-
-
-def test_a_game_that_ends_with_a_life_left_is_over():
-    flags = {"env_id": "ALE/Adventure-v5", "frameskip": 12}
-    envs, plain = make_envs(1, episodic_life=True, **flags), make_envs(1, **flags)
-    envs.reset()
-    plain.reset()
-    rng = np.random.default_rng(0)
-    while not plain.finished:
-        actions = rng.integers(0, envs.action_dim, 1)
-        envs.step(actions)
-        plain.step(actions)
+    assert (ends, plain_ends) == (losses + 1, 1)
     assert envs.finished == plain.finished and envs.actions == [[]]
 
 
@@ -209,10 +182,8 @@ def test_a_restored_vector_goes_on_bit_for_bit(flags):
     for step in range(900, 1000):
         for ours, theirs in zip(envs.step(actions[step]), other.step(actions[step])):
             np.testing.assert_array_equal(ours, theirs)
-    for name in ("finished", "actions"):
-        assert getattr(envs, name) == getattr(other, name)
-    for name in ("returns", "seeds", "lives"):
-        np.testing.assert_array_equal(getattr(envs, name), getattr(other, name))
+    for name in ("finished", "actions", "returns", "seeds", "lives"):
+        assert repr(getattr(envs, name)) == repr(getattr(other, name))
     assert envs.mask_rng.random() == other.mask_rng.random()
 
 
@@ -236,6 +207,7 @@ def test_a_fork_with_a_setting_that_decides_frames_starts_new_games(flags):
     else:
         np.testing.assert_array_equal(obs[:, :3], 0)
         assert fork.actions == [[], []] and not set(fork.seeds) & set(envs.seeds)
+        assert fork.state_dict()["settings"] != state["settings"]
 
 
 def test_a_fork_with_more_or_fewer_games_starts_new_ones_and_reseeds():
@@ -262,74 +234,12 @@ def test_a_state_of_another_emulator_is_told(capsys):
     envs.reset()
     envs.step(np.array([0]))
     state = envs.state_dict()
-    restored(make_envs(1), state)
-    assert not capsys.readouterr().err
-    other_obs, other_returns = state["obs"].clone(), [1.0]
+    other_obs = state["obs"].clone()
     other_obs[0, 3, 40, 40] += 1
-    for changed in ({"obs": other_obs}, {"returns": other_returns}):
+    for changed in ({}, {"obs": other_obs}, {"returns": [1.0]}):
         restored(make_envs(1), state | changed)
-        assert "the task does not repeat its episodes" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "env_id", ["ALE/Phoenx-v5", "phoenix", "PhoenixNoFrameskip-v4", "ALE/Phoenix-ram-v5"]
-)
-def test_the_nearest_game_is_named(env_id, capsys):
-    with pytest.raises(SystemExit):
-        make_envs(env_id=env_id)
-    assert capsys.readouterr().err.endswith("the nearest name is ALE/Phoenix-v5\n")
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4", "Ant-v5", "x" * 300])
-def test_a_name_that_is_like_no_game_names_the_other_scripts(env_id, capsys):
-    with pytest.raises(SystemExit):
-        make_envs(env_id=env_id)
-    said = capsys.readouterr().err
-    assert "ppo_toy.py train (discrete actions) or ppo_mujoco.py" in said and "ALE/" not in said
-
-
-def test_a_run_shorter_than_an_iteration_in_frames_is_refused(run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run("ppo_atari", "--total-timesteps 95")
-    assert stop.value.code == 2 and not list(tmp_path.iterdir())
-    assert "--total-timesteps is 95: it must be from 96 " in capsys.readouterr().err
-
-
-def tell_when_closed():
-    """A `prepare`: each vector of games that is closed adds a line to the file "closed"."""
-    close = AtariVectorEnv.close
-
-    def told(envs):
-        with open("closed", "a") as file:
-            file.write("closed\n")
-        close(envs)
-
-    AtariVectorEnv.close = told
-
-
-def tell_and_fail():
-    tell_when_closed()
-    fault_at("ale_py.vector_env:AtariVectorEnv.step", 40, "input/output")()
-
-
-@pytest.mark.parametrize("prepare, code", [(tell_when_closed, 0), (tell_and_fail, 1)])
-def test_games_are_closed_at_the_end_and_on_failure(prepare, code, tmp_path):
-    process = call("ppo_atari", SMALL["ppo_atari"], cwd=tmp_path, prepare=prepare)
-    assert process.returncode == code, process.stderr
-    assert (tmp_path / "closed").read_text().count(
-        "closed"
-    ) == 2  # of the run, of its capacity data
-
-
-def test_a_fork_with_other_games_trains_and_keeps_their_settings(run, capsys):
-    parent = run("ppo_atari", "--capacity-interval 0", name="parent")
-    middle = checkpoints(parent)[384]
-    fork = run("ppo_atari", f"--fork-from {middle} --num-envs 3 --sticky 0.5", name="fork")
-    said = capsys.readouterr().err
-    assert "num_envs 2 is now 3" in said and "sticky 0.25 is now 0.5" in said
-    state = torch.load(fork / "latest.pt", weights_only=True)
-    assert state["envs"]["settings"]["repeat_action_probability"] == 0.5
-    assert len(state["envs"]["seeds"]) == 3 and not same_weights(parent, fork)
+        said = capsys.readouterr().err
+        assert ("the task does not repeat its episodes" in said) == bool(changed)
 
 
 def make_agent(**flags):
@@ -374,11 +284,8 @@ def test_a_norm_before_any_activation_is_part_of_the_preactivations(flags):
         trunk.insert(1, nn.LayerNorm([32, 20, 20]))
         trunk.append(nn.LayerNorm(16))
     out = agent(obs)
-    for x in (
-        out.actor_preactivations,
-        out.critic_preactivations,
-        out.pfo_preactivations[:, : 32 * 20 * 20],
-    ):
+    first = out.pfo_preactivations[:, : 32 * 20 * 20]
+    for x in (out.actor_preactivations, out.critic_preactivations, first):
         torch.testing.assert_close(x.mean(1), torch.zeros(3), atol=1e-4, rtol=0)
         torch.testing.assert_close(x.var(1, correction=0), torch.ones(3), atol=0.01, rtol=0)
     assert out.pfo_preactivations.shape[1] == 32 * 20 * 20 + 64 * 9 * 9 + 64 * 7 * 7 + 16
@@ -398,16 +305,6 @@ def test_categorical_quantities_are_those_of_torch_distributions():
     assert stats.keys() == {"variance", "entropy"}
     torch.testing.assert_close(stats["variance"], ours.probs.var(0).mean())
     torch.testing.assert_close(stats["entropy"], ours.entropy().mean())
-
-
-def test_the_kl_of_near_policies_is_exact():
-    agent, generator = make_agent(), torch.Generator().manual_seed(0)
-    logits = torch.randn(100, 8, generator=generator, dtype=torch.float64)
-    others = logits + 1e-4 * torch.randn(100, 8, generator=generator, dtype=torch.float64)
-    policy, other = logits.log_softmax(-1), others.log_softmax(-1)
-    exact = (policy.exp() * (policy - other)).sum(-1)  # about 5e-9, and its rounding 1e-16
-    kl = agent.kl(policy.float(), other.float())
-    torch.testing.assert_close(kl, exact, rtol=0.02, atol=0)
 
 
 def test_gumbel_noise_samples_the_policy():
@@ -453,5 +350,3 @@ def test_the_memory_of_36000_capacity_states():
     data = script.capacity_target(agent, frames, torch.cat([index[:512], index[-2048:]]))
     script.capacity_loss(agent, args, *data)
     assert memory("VmHWM") - before < 1e9
-    torch.zeros(13 * 10**8, dtype=torch.uint8).fill_(1)  # and the measure would see a GB, though
-    assert memory("VmHWM") - before > 1e9  # some of what was there before may have been freed

@@ -4,15 +4,14 @@ import contextlib
 import importlib
 import io
 import math
-import os
 import re
+import resource
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from conftest import ROOT, call, contents
+from conftest import call, contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,38 +22,26 @@ EVERYWHERE = [
     ("--no-such-flag 3", "--no-such-flag"),
     ("--sed 3", "--seed"),  # the nearest one is suggested
     ("--seed", "--seed"),
-    ("--seed 1.5", "--seed"),
-    ("--seed 1 2 3", "2"),
     ("stray", "stray"),
-    ("--total-timesteps 10", "--total-timesteps is 10"),
-    ("--total-timesteps 1e6", "--total-timesteps"),
     (f"--total-timesteps {'9' * 401}", "--total-timesteps"),
-    ("--minibatch-size 1", "--minibatch-size is 1"),
     ("--minibatch-size 1000000", "--minibatch-size is 1000000: it must be from 2 to"),
     ("--capacity-steps 3", "--capacity-steps is 3"),
     ("--run-name a/b", "--run-name"),
     ("--run-name ..", "--run-name"),
-    ("--run-name .", "--run-name"),
     ("--run-name taken", "taken exists"),
-    (f"--run-name {'x' * 201}", "--run-name"),
-    (f"--run-name {'ü' * 130} --runs-dir runs", "name"),  # more than 255 bytes
+    (f"--run-name {'ü' * 110}", "--run-name"),  # 220 bytes
     ("--run-name \udcff", ""),  # a byte that is no UTF-8
-    ("--env-id", "--env-id"),
     ("--env-id NoSuchTask-v1", "NoSuchTask"),
     (f"--env-id {'x' * 300}", "--env-id"),
-    ("--save-patience 1", "--save-patience"),  # a flag that is gone
     # What opens a folder or a file
     (f"--capacity-interval 0 --runs-dir {'x' * 300}", "--runs-dir"),
     ("--capacity-interval 0 --runs-dir file", "file"),
-    ("--capacity-interval 0 --runs-dir file/deeper", "file"),
     ("--capacity-interval 0 --runs-dir /proc/nowhere", "/proc/nowhere"),
 ]
 # Those of the two scripts whose runs are kept
 BIG = [
     ("--resume", "--run-name"),
     ("--runs-dir . --run-name file --resume", "file is not a folder"),
-    ("--fork-from", "--fork-from"),
-    ("--fork-from nowhere.pt", "error: there is no file nowhere.pt"),
     ("--fork-from \udcff.pt", ".pt"),
     ("--fork-from runs", "error: there is no file runs"),
     ("--fork-from file", "file"),
@@ -64,27 +51,21 @@ BIG = [
 ]
 ONE_SCRIPT = [
     ("ppo_mujoco", "--env-id Hoper-v4", "Did you mean: `Hopper`"),
-    ("ppo_mujoco", "--env-id Hopper-v9", "v9"),
     ("ppo_mujoco", "--env-id CartPole-v1", "ppo_toy.py"),
     ("ppo_mujoco", "--env-id ALE/Pong-v5", "ppo_atari.py"),
-    ("ppo_mujoco", "--env-id no_such_module:Task-v0", "no_such_module"),
-    ("ppo_mujoco", "--env-id :", "--env-id"),
     ("ppo_mujoco", "--env-id Blackjack-v1", "Blackjack"),
     ("ppo_mujoco", "--env-id probe_envs:IntegerActions-v0", "IntegerActions"),
     ("ppo_mujoco", "--env-id probe_envs:Silent-v0", "NotImplementedError"),
-    ("ppo_mujoco", "--policy-std free", "--policy-std"),
-    ("ppo_mujoco", "--frameskip 3", "--frameskip"),
+    ("ppo_mujoco", "--env-id probe_envs:Exits-v0", "SystemExit"),
     ("ppo_atari", "--env-id ALE/Phenix-v5", "ALE/Phoenix-v5"),
-    ("ppo_atari", "--env-id Phoenix", "ALE/Phoenix-v5"),
+    ("ppo_atari", "--env-id phoenix", "ALE/Phoenix-v5"),
     ("ppo_atari", "--env-id PhoenixNoFrameskip-v4", "ALE/Phoenix-v5"),
     ("ppo_atari", "--env-id ALE/Pong-ram-v5", "ALE/Pong-v5"),
-    ("ppo_atari", "--env-id Hopper-v4", "ppo_mujoco.py"),
-    ("ppo_atari", "--env-id CartPole-v1", "ppo_toy.py"),
-    ("ppo_atari", "--policy gaussian", "--policy"),
+    ("ppo_atari", "--env-id Hopper-v4", "ppo_toy.py train (discrete actions) or ppo_mujoco.py"),
     ("ppo_toy", "train --env-id Pendulum-v1", "ppo_mujoco.py"),
     ("ppo_toy", "train --env-id ALE/Pong-v5", "ppo_atari.py"),
     ("ppo_toy", "train --env-id FrozenLake-v1", "FrozenLake"),
-    ("ppo_toy", "train --resume", "--resume"),
+    ("ppo_toy", "train --env-id probe_envs:Exits-v0", "SystemExit"),
     ("ppo_toy", "--env-id CartPole-v1", "train"),  # the word is forgotten
     ("ppo_toy", "trian", "trian"),
 ]
@@ -150,9 +131,7 @@ def test_a_wrong_command_line_gets_one_message_and_creates_nothing(
 
 
 @pytest.mark.parametrize("script", TRAINING)
-@pytest.mark.parametrize(
-    "name, value", [("PATH", "/nowhere"), ("CXX", "false"), ("CXX", "no-compiler")]
-)
+@pytest.mark.parametrize("name, value", [("PATH", "/nowhere"), ("CXX", "false")])
 def test_a_compiler_that_does_not_work_is_named(workplace, monkeypatch, main, script, name, value):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(name, value)
@@ -163,28 +142,7 @@ def test_a_compiler_that_does_not_work_is_named(workplace, monkeypatch, main, sc
     assert name == "PATH" or value in err
 
 
-def become_nobody():
-    if os.getuid() == 0:  # who may enter any folder
-        os.setuid(65534)
-
-
-@pytest.mark.parametrize("script", TRAINING)
-def test_a_folder_that_may_not_be_entered_is_named(tmp_path, script):
-    folders = [ROOT, *ROOT.parents, *Path(sys.prefix).resolve().parents]
-    if os.getuid() == 0 and not all(path.stat().st_mode & 0o005 == 0o005 for path in folders):
-        pytest.skip("another user cannot read the scripts here")
-    tmp_path.chmod(0)
-    words = TRAINING[script] + f"--capacity-interval 0 --run-name a --runs-dir {tmp_path}"
-    process = call(script, words, cwd="/", prepare=become_nobody)
-    tmp_path.chmod(0o700)
-    assert process.returncode == 2 and not list(tmp_path.iterdir())
-    assert_one_message(process.stderr, "Permission denied")
-    assert_one_message(process.stderr, str(tmp_path))
-
-
 def limit_memory():
-    import resource
-
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
 
@@ -198,48 +156,28 @@ def test_out_of_memory_gives_advice(workplace, script):
     assert_one_message(process.stderr, "out of memory: use a smaller --")
 
 
-# Ranges
-
-
-def numbers(script):
-    """{flag: (smallest, largest)} of the annotations of a script's flags, and a set of flags that
-    allows each of them to reach its ends."""
-    module = importlib.import_module(script)
-    args = module.Args(num_envs=1, num_steps=1, minibatch_size=2, capacity_interval=0.0)
-    args = replace(args, total_timesteps=10**12)
-    hints = get_type_hints(module.Args, include_extras=True)
-    limits = {}
-    for field in fields(args):
-        if type(field.default) in (int, float) and field.name != "fork_step":
-            message = f"{script}.py: {field.name} needs a range, Annotated[type, (low, high)]"
-            assert getattr(hints[field.name], "__metadata__", None), message
-            limits[field.name] = hints[field.name].__metadata__[0]
-    # These have others besides: a batch has a minibatch, and a run has an iteration
-    args.num_steps = 2
-    limits["minibatch_size"] = (2, 2)
-    skip = getattr(args, "frameskip", 1)
-    limits["total_timesteps"] = (2 * skip, 10**12)
-    return limits, args
-
-
-def step(value, towards):
-    """The next number of the same type."""
-    if isinstance(value, int):
-        return value + (1 if towards > 0 else -1)
-    return math.nextafter(value, towards)
-
-
 @pytest.mark.parametrize("script", TRAINING)
 def test_every_number_is_accepted_to_its_ends_and_refused_beyond(script, capsys):
     module = importlib.import_module(script)
-    limits, args = numbers(script)
-    assert {"seed", "learning_rate", "width", "log_interval"} <= limits.keys()
-    for name, (low, high) in limits.items():
-        kind = type(getattr(args, name))
-        low, high = kind(low), kind(high)
+    hints = get_type_hints(module.Args, include_extras=True)
+    args = module.Args(num_envs=1, num_steps=2, minibatch_size=2, capacity_interval=0.0)
+    args.total_timesteps = 10**12
+    # A batch has a minibatch, and a run has an iteration
+    skip = getattr(args, "frameskip", 1)
+    limits = {"minibatch_size": (2, 2), "total_timesteps": (2 * skip, 10**12)}
+    for field in fields(args):
+        name, kind = field.name, type(field.default)
+        if kind not in (int, float) or name == "fork_step":
+            continue
+        message = f"{script}.py: {name} needs a range, Annotated[type, (low, high)]"
+        assert hasattr(hints[name], "__metadata__"), message
+        low, high = map(kind, limits.get(name, hints[name].__metadata__[0]))
         flag = f"--{name.replace('_', '-')}"
-        beyond = [step(low, -math.inf), step(high, math.inf)]
-        for value in beyond + [math.nan, math.inf] * (kind is float):
+        beyond = [low - 1, high + 1]
+        if kind is float:
+            beyond = [math.nextafter(low, -math.inf), math.nextafter(high, math.inf)]
+            beyond += [math.nan, math.inf]
+        for value in beyond:
             with pytest.raises(SystemExit) as stop:
                 module.check(replace(args, **{name: value}))
             (line,) = capsys.readouterr().err.splitlines()
@@ -262,38 +200,21 @@ def test_a_word_that_no_flag_takes_is_refused_and_the_flag_named(script, main, w
             assert_one_message(err, "nonsense" if type(field.default) is bool else flag)
 
 
-@pytest.mark.parametrize("script", TRAINING)
-def test_no_comment_of_a_section_leaks_into_the_help_of_a_flag(script, main):
-    code, out, _ = main(script, TRAINING[script] + "--help")
-    text = " ".join(re.sub("[│─╭╮╰╯]", " ", out).split())
-    assert code == 0 and "--seed" in text and "--width" in text
-    for section in ("Experiment", "PPO", "Interventions", "Diagnostics"):
-        leaks = re.search(rf"(INT|FLOAT|STR|\}}|compile|cuda|resume) {section} [a-z]", text)
-        assert not leaks, leaks
-
-
 # Any words behind any flags are accepted or refused in one message
 WORDS = st.sampled_from(
     ["", "0", "-1", "1e400", "nan", "inf", "last", "True", "../x", "ü", "--", "-", "1 2", "[]"]
     + ["\x00", "9" * 30, "9" * 5000, "1e-400", "0x10", "１", "None", "{}", "tanh,relu"]
 )
-FLAGS = {
-    script: [
-        f"--{name.replace('_', '-')}"
-        for name in importlib.import_module(script).Args.__annotations__
-    ]
-    + ["--nix"]
-    for script in TRAINING
-}
 
 
 @pytest.mark.parametrize("script", TRAINING)
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_fuzzed_command_lines_parse_or_get_one_message(script, data):
-    flag = st.tuples(st.sampled_from(FLAGS[script]), WORDS | st.text(max_size=8))
-    flags = data.draw(st.lists(flag, max_size=4))
     module, argv = importlib.import_module(script), sys.argv
+    names = [field.name.replace("_", "-") for field in fields(module.Args)]
+    flag = st.sampled_from([f"--{name}" for name in [*names, "nix"]])
+    flags = data.draw(st.lists(st.tuples(flag, WORDS | st.text(max_size=8)), max_size=4))
     sys.argv = [f"{script}.py", *(word for pair in flags for word in pair)]
     stderr = io.StringIO()
     try:

@@ -112,13 +112,19 @@ def test_the_help_of_every_flag_is_its_own_comment(script, name):
         assert flag in comments and said.startswith(comments[flag].strip()), (flag, said)
 
 
+def modules(script):
+    """The modules that a script imports."""
+    names = set()
+    for node in ast.walk(TREES[script]):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {getattr(node, "module", None) or alias.name for alias in node.names}
+    return names
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_import_fails_on_windows_or_macos(script):
-    imports = [
-        node for node in ast.walk(TREES[script]) if type(node) in (ast.Import, ast.ImportFrom)
-    ]
-    modules = {getattr(node, "module", None) or node.names[0].name for node in imports}
-    assert not modules & {"fcntl", "resource", "termios", "pwd", "grp", "pty", "posix", "syslog"}
+    posix = {"fcntl", "resource", "termios", "pwd", "grp", "pty", "posix", "syslog"}
+    assert not modules(script) & posix
     assert not re.search(r"signal\.SIG(HUP|ALRM|USR|PIPE)|os\.(fork|getuid)", TEXTS[script])
 
 
@@ -140,10 +146,7 @@ def test_the_requirements_of_a_script_are_pinned_as_in_requirements_txt(script):
 
 def imported(script):
     """The distributions that a script imports, tensorboard for torch.utils.tensorboard."""
-    names = set()
-    for node in ast.walk(TREES[script]):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {getattr(node, "module", None) or alias.name for alias in node.names}
-    names = {x.replace("torch.utils.tensorboard", "tensorboard").split(".")[0] for x in names}
+    names = [x.replace("torch.utils.tensorboard", "tensorboard") for x in modules(script)]
+    names = {x.split(".")[0] for x in names}
     distributions = {"ale_py": "ale-py", "cv2": "opencv-python-headless"}
     return {distributions.get(x, x) for x in names - {*sys.stdlib_module_names, *SCRIPTS}}

@@ -175,52 +175,23 @@ def test_with_layer_norm_the_preactivations_are_those_after_it(changed, script, 
     without, with_pfo = (sum(v for _, v in read_scalars(x)[drift]) for x in (run_dir, pfo_dir))
     assert with_pfo < without
     if script == "ppo_mujoco":
-        agent, envs, _ = load(module, run_dir / "latest.pt")
-        assert_the_numpy_actor_agrees(module, agent, envs)
+        assert_the_numpy_actor_agrees(module, run_dir / "latest.pt")
 
 
-def load(module, path):
+def assert_the_numpy_actor_agrees(module, path):
     state = torch.load(path, weights_only=True)
     args = module.Args(**state["args"])
     envs = module.Envs(args, 1, stream=0, obs_stats=state["obs_stats"])
     agent = module.Agent(envs, args).eval()
     agent.load_state_dict(state["agent"])
-    return agent, envs, args
-
-
-def assert_the_numpy_actor_agrees(module, agent, envs):
     obs, noise = torch.randn(50, envs.obs_dim), torch.randn(50, envs.action_dim)
     with torch.no_grad():
         loc, scale = agent.normal(agent(obs).policy)
     ours = torch.from_numpy(module.numpy_actor(agent)(obs.numpy(), noise.numpy())).clamp(-3, 3)
     torch.testing.assert_close(ours, (loc + scale * noise).clamp(-3, 3), rtol=1e-3, atol=1e-4)
+    return agent, envs
 
 
-THIRD_LAYER = """
-                 nn.Linear(envs.obs_dim, args.width),
-+                nn.Tanh(),
-+                nn.Linear(args.width, args.width),
-                 self.activation,
-"""
-
-
-@pytest.mark.parametrize("script", ["ppo_mujoco", "ppo_toy"])
-def test_pfo_acts_on_a_new_layer_with_a_new_activation(changed, script):
-    flags = "--pfo-layers all --pfo-coef 1 --width 16"
-    run_dir, module = changed(script, [THIRD_LAYER], flags)
-    agent, envs, _ = load(module, run_dir / "checkpoints/512.pt")
-    obs, trunk = torch.randn(5, envs.obs_dim), agent.actor_trunk
-    expected = torch.cat([trunk[:1](obs), trunk[:3](obs), trunk(obs)], 1)
-    assert expected.shape == (5, 3 * 16) and torch.equal(agent(obs).pfo_preactivations, expected)
-
-
-SPECTRAL_NORM = """
--                nn.Linear(envs.obs_dim, args.width),
-+                nn.utils.parametrizations.spectral_norm(nn.Linear(envs.obs_dim, args.width)),
-                 self.activation,
--                nn.Linear(args.width, args.width),
-+                nn.utils.parametrizations.spectral_norm(nn.Linear(args.width, args.width)),
-"""
 COMPARE_ACTIONS = """
          b_logprobs = agent.log_prob(old.policy, b_actions)
 +        loc, scale = agent.normal(old.policy)
@@ -232,12 +203,12 @@ COMPARE_ACTIONS = """
 def test_spectral_norm_acts_as_it_scores_and_resumes(changed, monkeypatch):
     """Its layers differ in training mode, and their type is not nn.Linear."""
     flags = "--action-logprob sampled --learning-rate 0.01"
-    whole, module = changed("ppo_mujoco", [SPECTRAL_NORM, COMPARE_ACTIONS], flags, name="whole")
-    changed("ppo_mujoco", [SPECTRAL_NORM], f"{flags} --total-timesteps 256", name="run")
-    run_dir, _ = changed("ppo_mujoco", [SPECTRAL_NORM], f"{flags} --resume", name="run")
+    (norm,) = (x for name, x in RECIPES if name == "ppo_mujoco" and "spectral_norm" in x)
+    whole, module = changed("ppo_mujoco", [norm, COMPARE_ACTIONS], flags, name="whole")
+    changed("ppo_mujoco", [norm], f"{flags} --total-timesteps 256", name="run")
+    run_dir, _ = changed("ppo_mujoco", [norm], f"{flags} --resume", name="run")
     assert same_weights(run_dir, whole)
-    agent, envs, _ = load(module, whole / "latest.pt")
-    assert_the_numpy_actor_agrees(module, agent, envs)
+    agent, envs = assert_the_numpy_actor_agrees(module, whole / "latest.pt")
     act = module.numpy_actor(agent)
     monkeypatch.setattr(torch.nn.Module, "__call__", None)  # the actor does without torch
     act(envs.reset(), agent.noise(1, 1)[0])
