@@ -1,6 +1,6 @@
 """The capacity loss of saved checkpoints (arXiv 2405.00662, section 2), measured after training.
 
-    python capacity.py runs/NAME                          # the run's own curve, value for value
+    python capacity.py runs/NAME                          # repeats the run's own curve exactly
     python capacity.py runs/* --num-targets 5 --controls  # five random targets and two controls
     ls -d runs/* | xargs -n 1 -P 4 python capacity.py     # four runs side by side
 
@@ -48,7 +48,7 @@ class Args:
     """Capacity loss of the kept checkpoints of one or many runs. The defaults are the run's own."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs: runs/NAME
-    # number of random targets; the first one is the run's own; of several, mean and std are shown
+    # number of random targets; the first is the run's own; if several, the table has mean and std
     num_targets: Annotated[int, (1, 10**6)] = 1
     epochs: Annotated[int, (0, 10**6)] = 0  # epochs of a fit; 0: the run's --capacity-epochs
     learning_rate: Annotated[float, (0, 1e6)] = 0.0  # learning rate of Adam; 0: the run's
@@ -57,15 +57,15 @@ class Args:
     data: Literal["run", "target", "initial", "checkpoint"] = "run"
     # Adam starts without moments or with the checkpoint's (the paper calls both valid)
     optimizer: Literal["fresh", "loaded"] = "fresh"
-    # also fit a new network (with --data checkpoint, to the first checkpoint's states), and only
-    # the heads, on the checkpoint's frozen features; both with a fresh Adam
+    # two more fits with a fresh Adam: of a new network (with --data checkpoint, to the states of
+    # the first checkpoint), and of the heads alone, on the frozen features of the checkpoint
     controls: bool = False
-    cuda: bool = False  # use a GPU; the run's own values need the kind of device that it used
+    cuda: bool = False  # use a GPU; a run's own values are repeated on the device that it used
     script: Path | None = None  # script that made the runs; by default the one beside capacity.py
     allow_module: str = ""  # module that may be imported for a task whose name is module:task
 
     def settings(self):
-        """What differs from the run's own fit. Results of different settings are kept apart."""
+        """The settings that differ from the run's own fit, as a name for the folder of results."""
         given = {
             f"targets{self.num_targets}": self.num_targets > 1,
             f"epochs{self.epochs}": self.epochs,
@@ -120,7 +120,7 @@ def is_step(name):
 
 @functools.cache
 def import_script(path):
-    """The script at `path` as a module, whose name is that of no other module."""
+    """The script at `path` as a module, under a unique name."""
     spec = importlib.util.spec_from_file_location(f"--script {path}", path)
     if spec is None:
         raise ImportError("it is not a .py file")
@@ -133,8 +133,8 @@ def import_script(path):
 def load_checkpoint(path, args):
     """A checkpoint's state, its training script as a module, and its flags. Nothing in the file is
     executed: it holds tensors and plain values, and only the three training scripts or --script
-    are imported. Raises Unusable for what they did not write, exits if their `check` refuses the
-    flags, and raises other errors for flags that they do not have."""
+    are imported. Raises Unusable if none of them wrote the file. Exits if the script's `check`
+    refuses the flags. An unknown flag raises another error."""
     if not path.is_file():  # a folder, a broken link, or a fifo, which would never answer
         raise Unusable("it is not a file")
     scripts = [args.script.stem.partition("-from-")[0]] if args.script else SCRIPTS
@@ -173,7 +173,7 @@ def close_envs(script):
 
 
 def finite(losses):
-    """Losses as JSON can hold them: None instead of what is not finite."""
+    """Losses as JSON can hold them: None for a loss that is not finite."""
     return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
 
@@ -186,8 +186,9 @@ class Fits:
         self.device = torch.device("cuda" if args.cuda else "cpu")
 
     def fit(self, path, i, known):
-        """Add to the dict `known` of target `i` what it lacks of the checkpoint at `path` and of
-        the new network, {step or "fresh": {name: loss}}. Target 0 is the run's own."""
+        """Fit the checkpoint at `path`, and with --controls a new network, to target `i`. Add the
+        losses that are missing to `known`, {step or "fresh": {name: loss}}. Target 0 is the run's
+        own."""
         state, script, run_args = load_checkpoint(path, self.args)
         try:
             self.fit_state(state, script, run_args, path, i, known)
@@ -227,7 +228,7 @@ class Fits:
             known["fresh"] = finite(script.capacity_loss(fresh, fit_args, *self.data))
 
     def collect(self, i, script, run_args, envs, agent, collector):
-        """States, and what the i-th target computes for them, as `capacity_loss` takes them."""
+        """The states and the outputs of the i-th target, as `capacity_loss` takes them."""
         own_seed = 2**32 - 1 - run_args.seed
         other_seed = int(np.random.SeedSequence([run_args.seed, i]).generate_state(1)[0])
         target = new_agent(script, envs, run_args, self.device, other_seed if i else own_seed)
@@ -252,7 +253,7 @@ def check_losses(losses, targets):
 
 
 class Results:
-    """What was measured of a run with some settings, in a folder of its own:
+    """The losses of one run with one choice of settings, in a folder of its own:
     {target: {step or "fresh": {name: loss, or None if it was not finite}}}."""
 
     def __init__(self, folder, num_targets):

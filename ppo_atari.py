@@ -10,9 +10,9 @@ an agent learns CrazyClimber, continues at ten times the learning rate, and lose
 The paper also uses NameThisGame, DoubleDunk, Qbert, Gravitar and BattleZone.
 
 Differences from CleanRL's ppo_atari.py: the environment is the paper's (sticky actions, frameskip
-3; no life loss, no-ops or FIRE), values are not clipped, the learning rate is constant, weights
-have PyTorch's initialisation, actor and critic are separate networks, and their gradients are
-clipped separately. `global_step` counts frames, as in the paper.
+3; a lost life ends no episode; no no-ops or FIRE), values are not clipped, the learning rate is
+constant, weights have PyTorch's initialisation, actor and critic are separate networks, and their
+gradients are clipped separately. `global_step` counts frames, as in the paper.
 You can stop reading at the end of `main`. Below are the diagnostics and the code that saves runs.
 """
 
@@ -105,16 +105,16 @@ class Args:
     frameskip: Annotated[int, (1, 4096)] = 3  # frames per action
     sticky: Fraction = 0.25  # probability that a frame repeats the previous action; 0 disables it
     maxpool: bool = False  # observe the maximum of the last two frames
-    noop_max: Annotated[int, (0, 1000)] = 0  # most no-ops at the start of a game; 0 disables them
+    noop_max: Annotated[int, (0, 1000)] = 0  # largest number of no-ops at a game's start
     fire_reset: bool = False  # press FIRE at the start of a game
-    episodic_life: bool = False  # a lost life ends the return that is learned, not the game
+    episodic_life: bool = False  # a lost life ends the return for learning; the game continues
     sign_reward: bool = True  # learn from the sign of the reward; the raw return is logged
     activation: Literal["tanh", "relu"] = "relu"  # activation of both networks
     width: Count = 512  # units of the hidden linear layer
 
     # Interventions
 
-    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; all layers 10); 0 disables it
+    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; 10 for all layers); 0: no PFO
     pfo_coef: Coefficient = 0.0
     pfo_layers: Literal["last", "all"] = "last"  # hidden layers that PFO regularises
     pfo_reduction: Literal["mean", "sum"] = "mean"  # mean over units (authors' code) or sum (eq. 2)
@@ -223,8 +223,8 @@ class Agent(nn.Module):
         return -(policy.exp() * policy).sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other), in float64. The terms other - policy add up to 0, except for
-        rounding. With them no term is negative, and nearly equal policies lose no digits."""
+        """(B,) KL(policy || other), in float64. The total of exp(other) - exp(policy) is 0. With
+        it no term of the sum is negative, so that nearly equal policies lose no digits."""
         policy = policy.double()
         other = other.double()
         return (policy.exp() * (policy - other) - policy.exp() + other.exp()).sum(-1)
@@ -243,9 +243,9 @@ def evaluate(agent, obs):
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-    All arguments are (T, E). `next_values` are the values of the true next observations: at the
-    end of an episode, of its last observation. They are ignored if the episode terminated. No
-    advantage flows across `dones`."""
+    All arguments are (T, E). `next_values` are the values of the true next observations. At the end
+    of an episode this is the value of its last observation, which is ignored if the episode
+    terminated. No advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -348,7 +348,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # never equal to the agent's seed
-    target = Agent(envs, args).to(device).eval()  # the random network that is fitted
+    target = Agent(envs, args).to(device).eval()  # the random network that the capacity loss fits
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(device).eval()
     initial_agent = copy.deepcopy(agent)  # run.start may load other weights into `agent`
@@ -406,7 +406,7 @@ def main():
         b_advantages = advantages.flatten().to(device)
         b_returns = returns.flatten().to(device)
 
-        # Representation: of the networks that collected the batch
+        # Representation: measured on the networks that collected the batch
         if logging:
             scalars["representation/actor"] = representation(agent, args, "actor", old)
             scalars["representation/critic"] = representation(agent, args, "critic", old)

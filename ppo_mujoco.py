@@ -246,9 +246,9 @@ def evaluate(agent, obs):
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-    All arguments are (T, E). `next_values` are the values of the true next observations: at the
-    end of an episode, of its last observation. They are ignored if the episode terminated. No
-    advantage flows across `dones`."""
+    All arguments are (T, E). `next_values` are the values of the true next observations. At the end
+    of an episode this is the value of its last observation, which is ignored if the episode
+    terminated. No advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -404,7 +404,7 @@ def main():
         b_advantages = advantages.flatten().to(device)
         b_returns = returns.flatten().to(device)
 
-        # Representation: of the networks that collected the batch
+        # Representation: measured on the networks that collected the batch
         if logging:
             scalars["representation/actor"] = representation(agent, args, "actor", old)
             scalars["representation/critic"] = representation(agent, args, "critic", old)

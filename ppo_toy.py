@@ -241,8 +241,8 @@ class Agent(nn.Module):
         return -(policy.exp() * policy).sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other), in float64. The terms other - policy add up to 0, except for
-        rounding. With them no term is negative, and nearly equal policies lose no digits."""
+        """(B,) KL(policy || other), in float64. The total of exp(other) - exp(policy) is 0. With
+        it no term of the sum is negative, so that nearly equal policies lose no digits."""
         policy = policy.double()
         other = other.double()
         return (policy.exp() * (policy - other) - policy.exp() + other.exp()).sum(-1)
@@ -273,9 +273,9 @@ def evaluate(agent, obs):
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-    All arguments are (T, E). `next_values` are the values of the true next observations: at the
-    end of an episode, of its last observation. They are ignored if the episode terminated. No
-    advantage flows across `dones`."""
+    All arguments are (T, E). `next_values` are the values of the true next observations. At the end
+    of an episode this is the value of its last observation, which is ignored if the episode
+    terminated. No advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -403,7 +403,7 @@ def train(args):
         gae_inputs = rewards, values, next_values, terminal, dones
         advantages, returns = compute_gae(*gae_inputs, args.gamma, args.gae_lambda)
 
-        # Representation: of the networks that collected the batch
+        # Representation: measured on the networks that collected the batch
         if logging:
             scalars["representation/actor"] = representation(agent, args, "actor", old)
             scalars["representation/critic"] = representation(agent, args, "critic", old)
