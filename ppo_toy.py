@@ -679,14 +679,16 @@ class Envs:
                 self.envs.append(gym.wrappers.RecordEpisodeStatistics(env))
                 Envs.opened.append(self.envs[-1])
         except (Exception, SystemExit) as error:  # the code of a task can raise anything
-            fail(f"{self.task} cannot be made (use ppo_atari.py for Atari games): {error!r}")
+            fail(f"{self.task} cannot be made (for Atari games use ppo_atari.py): {error!r}")
         match env.observation_space, env.action_space:
             case gym.spaces.Box(shape=(obs_dim,)), gym.spaces.Discrete(n=num_actions, start=0):
                 self.obs_dim = obs_dim
                 self.action_dim = int(num_actions)
             case spaces:
-                needs = "a flat Box and Discrete actions from 0 on (for Box actions: ppo_mujoco.py)"
-                fail(f"{self.task} has the spaces {spaces}: ppo_toy.py needs {needs}")
+                fail(
+                    f"{self.task} has the spaces {spaces}: this script needs a flat Box and "
+                    "Discrete actions from 0 on; Box actions: ppo_mujoco.py, Atari: ppo_atari.py"
+                )
         self.rng = np.random.default_rng([args.seed, stream])
         self.mask_rng = np.random.default_rng([args.seed, stream + 1])
         self.obs = np.zeros((num_envs, self.obs_dim), np.float32)
