@@ -271,7 +271,7 @@ def test_kept_histories_are_diagnosed(notebook):
     family = {x: kept(f"climber-forks/{x}") for x in ("agent-s7", "rate1e-2-s7-pfo0")}
     for name, verdict, since in (
         ("histories/hopper-tanh-e20-pfo0-s25", "clamped actions", 790_528),
-        ("recipes/acrobot-regulariser-s25", "representation lost, return kept", 124_928),
+        ("recipes-november/acrobot-regulariser-s25", "representation lost, return kept", 124_928),
         ("climber-forks/rate1e-2-s7-pfo0", slides, 660_480),  # with the history of agent-s7
     ):
         runs = family | {name.split("/")[1]: kept(name)}
