@@ -1,14 +1,12 @@
-"""Speed of the training scripts against Stable-Baselines3 or another checkout, and the cost of the
-diagnostics: the tables of .results/speed.md.
+"""The tables of .results/speed.md: the scripts against Stable-Baselines3 or another checkout.
 
     pip install stable-baselines3==2.9.2
     python tests/benchmark.py                  # about an hour on two cores that are idle
     python tests/benchmark.py --repeats 1      # a first look
     python tests/benchmark.py --against PATH   # the scripts of another checkout instead of SB3
 
-Ours and theirs run in turn, in processes of their own, with the same hyperparameters; a ratio is
-taken within each pair, since the speed of a shared machine drifts. Speeds are agent steps per
-second after warm-up (start and compilation left out), by the times in the event files.
+Ours and theirs run in turn, in processes of their own, with the same hyperparameters. Each pair
+gives a ratio. Speeds are agent steps per second after start and compilation, from the event files.
 """
 
 import platform

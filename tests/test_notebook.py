@@ -210,11 +210,12 @@ def switch(before, at, after, points=100):
 
 FALL = [0.0] * 5 + [100.0] * 45 + [10.0] * 50
 FLAT = [0.0, 2.0] * 50
+DROP = switch(0.2, 50, 0.0)
 ROWS = {  # a made log: its verdict, and the step since which it holds
     "log-probability mismatch": (log(ratio_max_before_update=switch(1.0, 50, 1.2)), 530),
     "never learned": (log(returns=FLAT, rank=[1.0] * 100), 60),
     "clamped actions": (log(ratio_max=[1e6] * 20 + switch(2.0, 30, 1e6, 80)), 530),
-    "deterministic policy": (log(entropy=switch(1.0, 50, 1e-3), returns=FALL), 530),
+    "deterministic policy": (log(entropy=DROP, variance=DROP, returns=FALL), 530),
     "representation collapse": (log(rank=switch(20.0, 30, 9.0), returns=FALL), 330),
     "representation lost, return kept": (log(rank=switch(20.0, 30, 9.0)), 330),
     "capacity lost": (log(capacity=switch(1.0, 50, 101.0)), 510),
@@ -251,6 +252,7 @@ def test_each_row_of_the_table_is_diagnosed(notebook, row):
         (log(ratio_max_before_update=[1.005] * 100), "healthy"),  # rounding
         (log(entropy=[2.0] * 50 + [0.001] * 50, variance=[0.3] * 100), "healthy"),  # a Normal's
         (log(entropy=[2.0] * 50 + [-0.1] * 25 + [0.001] * 25), "healthy"),
+        (log(entropy=DROP), "healthy"),  # the policy still differs between states
         (log(rank=[20.0] * 50 + [10.0] * 50), "healthy"),  # half, and not below
         (log(returns=FLAT), "healthy"),
         (log(returns=[0.0] * 5 + [100.0] * 90 + [0.0] * 5), "healthy"),  # ten log points decide
