@@ -1130,7 +1130,7 @@ class Run:
         self.writer.flush()
         for name, (size, crc) in self.logs.items():
             path = self.dir / name
-            content = path.read_bytes() if path.is_file() else b""
+            content = path.read_bytes()
             if zlib.crc32(content[:size]) != crc:
                 fail(f"{path} was changed by another program: start a new run", code=1)
             self.logs[name] = [len(content), zlib.crc32(content[size:], crc)]

@@ -1,5 +1,4 @@
-"""A run that is killed and resumed is, bit for bit, the run that was never killed; forks; and
-damaged files."""
+"""A killed and resumed run is, bit for bit, the run that was never killed; forks; damaged files."""
 
 import collections
 import fcntl
@@ -546,28 +545,29 @@ def test_the_advice_is_a_command_that_continues_the_run(finished, tmp_path):
     assert_same(tmp_path / "my runs" / "a 'b' c", finished())
 
 
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
 def test_a_file_that_can_only_be_written_in_part(finished, tmp_path):
     """What is written of a state never takes the place of a complete one."""
     run_dir = tmp_path / "run"
-    assert "File too large" in one_line(start(run_dir, prepare=limit_file_size), 1)
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    assert "File too large" in one_line(start(run_dir, prepare=limit), 1)
     assert all(not zipfile.ZipFile(path).testzip() for path in tmp_path.rglob("*.pt"))
     fine(start(run_dir, "--resume"))
     assert_same(run_dir, finished())
 
 
-@pytest.mark.parametrize("first", ["the state", "the log"])
-def test_a_folder_that_vanishes(tmp_path, first):
-    """Whichever finds it missing: TensorBoard's writer, a thread, says nothing on its own."""
-    run_dir, interval = tmp_path / "run", {"the state": 0.001, "the log": 1}[first]
+def test_a_folder_that_vanishes(tmp_path):
+    """TensorBoard's writer, a thread, says nothing on its own."""
+    run_dir = tmp_path / "run"
     words = f"{SMALL['ppo_mujoco']} {name_of(run_dir)} --total-timesteps 200000"
-    process = Process("ppo_mujoco", f"{words} --checkpoint-interval {interval}")
+    process = Process("ppo_mujoco", f"{words} --checkpoint-interval 1")
     process.wait_until(lambda: checkpoints(run_dir) and "192/" in process.read("stderr"))
     shutil.rmtree(run_dir.rename(tmp_path / "gone"))  # at once, for who writes there
     assert "No such file or directory" in message(process.wait(), 1)
+
+
+def test_a_folder_that_vanishes_between_the_writes_of_two_event_files(half):
+    fault = fault_at("os:fsync", 6, functools.partial(shutil.rmtree, half))
+    assert "No such file or directory" in message(resume(half, prepare=fault), 1)
 
 
 def test_a_second_process_is_refused(half):
