@@ -45,7 +45,7 @@ THREADS = torch.get_num_threads()  # torch's choice, before a run's own number i
 
 @dataclass
 class Args:
-    """Capacity loss of the kept checkpoints of one or many runs. The defaults are the run's own."""
+    """Capacity loss of the kept checkpoints of runs. By default each fit is as in the run."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs: runs/NAME
     # number of random targets; the first is the run's own; if several, the table has mean and std
@@ -57,8 +57,8 @@ class Args:
     data: Literal["run", "target", "initial", "checkpoint"] = "run"
     # Adam starts without moments or with the checkpoint's (the paper calls both valid)
     optimizer: Literal["fresh", "loaded"] = "fresh"
-    # two more fits with a fresh Adam: of a new network (with --data checkpoint, to the states of
-    # the first checkpoint), and of the heads alone, on the frozen features of the checkpoint
+    # two more fits with a fresh Adam: one of a new network (with --data checkpoint, to the states
+    # of the first checkpoint), and one of only the heads, on the checkpoint's frozen features
     controls: bool = False
     cuda: bool = False  # use a GPU; a run's own values are repeated on the device that it used
     script: Path | None = None  # script that made the runs; by default the one beside capacity.py
@@ -114,7 +114,7 @@ class Unusable(Exception):
 
 
 def is_step(name):
-    """Whether a file is named after a step: plain digits, which int and TensorBoard can hold."""
+    """True if `name` is a step: at most 18 digits, without a leading 0."""
     return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
 
 
@@ -134,7 +134,7 @@ def load_checkpoint(path, args):
     """A checkpoint's state, its training script as a module, and its flags. Nothing in the file is
     executed: it holds tensors and plain values, and only the three training scripts or --script
     are imported. Raises Unusable if none of them wrote the file. Exits if the script's `check`
-    refuses the flags. An unknown flag raises another error."""
+    refuses the flags."""
     if not path.is_file():  # a folder, a broken link, or a fifo, which would never answer
         raise Unusable("it is not a file")
     scripts = [args.script.stem.partition("-from-")[0]] if args.script else SCRIPTS
@@ -149,7 +149,7 @@ def load_checkpoint(path, args):
         reason = f"it is damaged or not a checkpoint of {', '.join(scripts)}: {error!r}"
         raise Unusable(reason) from None
     script = import_script(args.script) if args.script else importlib.import_module(state["script"])
-    # The first two are not needed here; with the third, `check` looks at the fit's flags
+    # A fit needs no compiler and no wandb; an interval above 0 makes `check` test the fit's flags
     here = {"compile": False, "track": False, "capacity_interval": 1.0}
     here = {name: value for name, value in here.items() if name in state["args"]}
     run_args = script.Args(**state["args"] | here)
@@ -173,7 +173,7 @@ def close_envs(script):
 
 
 def finite(losses):
-    """Losses as JSON can hold them: None for a loss that is not finite."""
+    """The losses for JSON: None for a loss that is not finite."""
     return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
 

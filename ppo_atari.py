@@ -9,11 +9,11 @@ a CPU, four changed lines and two commands in .results/atari.md show a collapse 
 an agent learns CrazyClimber, continues at ten times the learning rate, and loses rank and return.
 The paper also uses NameThisGame, DoubleDunk, Qbert, Gravitar and BattleZone.
 
-Differences from CleanRL's ppo_atari.py: the environment is the paper's (sticky actions, frameskip
-3; a lost life ends no episode; no no-ops or FIRE), values are not clipped, the learning rate is
-constant, weights have PyTorch's initialisation, actor and critic are separate networks, and their
-gradients are clipped separately. `global_step` counts frames, as in the paper.
-You can stop reading at the end of `main`. Below are the diagnostics and the code that saves runs.
+Main differences from CleanRL's ppo_atari.py: the paper's environment (sticky actions, frameskip 3;
+a lost life ends no episode; no no-ops or FIRE), no value clipping, a constant learning rate,
+PyTorch's initialisation, and actor and critic as separate networks with separate gradient clipping.
+`global_step` counts frames, as in the paper. You can stop reading at the end of `main`: the rest is
+diagnostics, environments, and the code that saves runs.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ class Args:
 
     # Experiment
 
-    env_id: str = "ALE/Phoenix-v5"  # name of the game
+    env_id: str = "ALE/Phoenix-v5"  # the game, as ALE/NAME-v5
     seed: Seed = 1  # seed of all random generators (the paper uses 25, 7, 64, 27 and 4)
     total_timesteps: Count = 100_000_000  # frames, rounded down to whole iterations
     torch_threads: Threads = 0  # CPU threads; 0 lets torch choose
@@ -78,7 +78,7 @@ class Args:
     tf32: bool = False  # let a GPU multiply in TF32: faster, but with 10 bits of mantissa
     compile: bool = False  # compile gradient step and rollout, which takes about a minute
     runs_dir: str = "runs"  # folder that holds all runs
-    run_name: str = ""  # name of the run's folder; by default made from its flags
+    run_name: str = ""  # name of the run's folder; by default made from its flags and time
     resume: bool = False  # continue the run --run-name with its own flags, if it exists
     fork_from: str = ""  # start from this checkpoint; flags that you omit are those of its run
     fork_step: tyro.conf.Suppress[int] = 0  # step of that checkpoint
@@ -97,11 +97,11 @@ class Args:
     clip_coef: Positive = 0.1  # epsilon of PPO-Clip
     ent_coef: Coefficient = 0.01  # coefficient of the entropy bonus; 0 disables it
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
-    max_grad_norm: Positive = 0.5  # clip each network's gradient to this norm (both if shared)
+    max_grad_norm: Positive = 0.5  # clip the gradient of each network to this norm
     target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0: never
     # at a time limit, end the return or bootstrap it with the value
     time_limit: Literal["terminate", "bootstrap"] = "terminate"
-    max_episode_frames: Count = 108_000  # time limit of a game, not counting no-ops at its start
+    max_episode_frames: Count = 108_000  # time limit of a game in frames, without its no-ops
     frameskip: Annotated[int, (1, 4096)] = 3  # frames per action
     sticky: Fraction = 0.25  # probability that a frame repeats the previous action; 0 disables it
     maxpool: bool = False  # observe the maximum of the last two frames
@@ -223,8 +223,8 @@ class Agent(nn.Module):
         return -(policy.exp() * policy).sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other), in float64. The total of exp(other) - exp(policy) is 0. With
-        it no term of the sum is negative, so that nearly equal policies lose no digits."""
+        """(B,) KL(policy || other), in float64. Adding exp(other) - exp(policy), which
+        sums to 0, makes no term negative, so that nearly equal policies lose no digits."""
         policy = policy.double()
         other = other.double()
         return (policy.exp() * (policy - other) - policy.exp() + other.exp()).sum(-1)
@@ -243,9 +243,9 @@ def evaluate(agent, obs):
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-    All arguments are (T, E). `next_values` are the values of the true next observations. At the end
-    of an episode this is the value of its last observation, which is ignored if the episode
-    terminated. No advantage flows across `dones`."""
+    Tensors are (T, E). `next_values` holds the value of the observation after each step. At the end
+    of an episode this is its last observation, and the value is ignored if the episode terminated.
+    No advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -268,7 +268,7 @@ def minibatches(batch, minibatch_size):
 
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
-    """Proximal Feature Optimization (equation 2): the mean squared change of (B, K).
+    """Proximal Feature Optimization (equation 2): mean squared change of preactivations (B, K).
     Equation 2 has a "sum" over K, but the paper's coefficients were used with the "mean"."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
@@ -313,8 +313,8 @@ def clipped_gradient(agent, loss, max_grad_norm):
 
 def make_optimizer(agent, args):
     """Returns Adam and its vectors, one per group of the agent. The agent's parameters become views
-    of the vectors. Clipping and updating one tensor instead of many saves an eighth of an eager
-    gradient step and two fifths of a compiled one."""
+    of the vectors. Clipping and updating one tensor instead of many saves two fifths of a
+    compiled gradient step on MuJoCo."""
     vectors = [nn.Parameter(flat_vector(group).detach()) for group in agent.groups]
     for group, vector in zip(agent.groups, vectors):
         for p, part in zip(group, vector.detach().split([p.numel() for p in group])):
@@ -348,7 +348,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # never equal to the agent's seed
-    target = Agent(envs, args).to(device).eval()  # the random network that the capacity loss fits
+    target = Agent(envs, args).to(device).eval()  # the random network that capacity fits imitate
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(device).eval()
     initial_agent = copy.deepcopy(agent)  # run.start may load other weights into `agent`
@@ -371,7 +371,7 @@ def main():
     iteration = log_iteration = global_step // steps_per_iteration
     log_time = time.perf_counter()
     num_iterations = iteration + (args.total_timesteps - global_step) // steps_per_iteration
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", dynamic_ncols=True)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", dynamic_ncols=True)
     while iteration < num_iterations:
         iteration += 1
         logging = due(args.log_interval, iteration, num_iterations)
@@ -576,7 +576,7 @@ HERMITE, LEGENDRE = quadrature()
 
 @torch.no_grad()
 def capacity_target(target, frames, index):
-    """The capacity data: frames and index of N states, target's policies (N, P), values (N,)."""
+    """The capacity data: the N states are frames[index]; target's policies (N, P), values (N,)."""
     device = next(target.parameters()).device
     outputs = [target(frames[chunk].to(device))[:2] for chunk in index.split(1024)]
     return frames, index, *(torch.cat(parts) for parts in zip(*outputs))

@@ -3,15 +3,15 @@
     python ppo_mujoco.py --update-epochs 20 --compile --seed 25
     python ppo_mujoco.py --update-epochs 20 --compile --seed 25 --action-logprob sampled
 
-Each command trains Hopper-v4 for 5 million steps in about 40 minutes. In the first run the largest
-probability ratio jumps to 1e12, and later the return falls. In the second run neither happens.
+Each command trains Hopper-v4 for 5 million steps in about 40 minutes. In the first run the ratios
+break (the largest is logged as 1e12), and later the return falls. In the second neither happens.
 
-Differences from CleanRL's ppo_continuous_action.py: a TanhNormal whose scale depends on the state,
+Main differences from CleanRL's ppo_continuous_action.py: a TanhNormal with a scale for each state,
 frozen observation statistics, time in the observation, raw rewards, no value clipping, a constant
 learning rate, PyTorch's initialisation, and separate gradient clipping of actor and critic.
 Differences from the textbook form in ppo_toy.py: the parameters of a network are one vector, the
 gradient step is one function that can be compiled, and the actor acts in NumPy. This is faster.
-You can stop reading at the end of `main`. Below are the diagnostics and the code that saves runs.
+You can stop reading at the end of `main`; `numpy_actor`, which clamps the actions, is below it.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class Args:
     cuda: bool = True  # use a GPU if there is one
     compile: bool = False  # compile the gradient step in about a minute; then up to twice as fast
     runs_dir: str = "runs"  # folder that holds all runs
-    run_name: str = ""  # name of the run's folder; by default made from its flags
+    run_name: str = ""  # name of the run's folder; by default made from its flags and time
     resume: bool = False  # continue the run --run-name with its own flags, if it exists
     fork_from: str = ""  # start from this checkpoint; flags that you omit are those of its run
     fork_step: tyro.conf.Suppress[int] = 0  # step of that checkpoint
@@ -90,22 +90,22 @@ class Args:
     clip_coef: Positive = 0.2  # epsilon of PPO-Clip
     ent_coef: Coefficient = 0.0  # coefficient of the entropy bonus; 0 disables it
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
-    max_grad_norm: Positive = 0.5  # clip each network's gradient to this norm (both if shared)
+    max_grad_norm: Positive = 0.5  # clip the gradient of each network to this norm
     target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0: never
     # at a time limit, end the return or bootstrap it with the value
     time_limit: Literal["terminate", "bootstrap"] = "terminate"
-    obs_norm_steps: Count = 4000  # random steps that fix the mean and std of observations
+    obs_norm_steps: Count = 4000  # random steps that give the observations' mean and std
     activation: Literal["tanh", "relu"] = "tanh"  # activation of both networks
     width: Count = 64  # units of each hidden layer
     # the policy is a Normal squashed by tanh, or a Normal clipped to the bounds
     policy: Literal["tanh_normal", "gaussian"] = "tanh_normal"
     # the log-probability of an action tanh(u) is that of u (`sampled`), or that of u cut to +-7.25
-    # (`clamped`, as in the authors' code), which reverses the gradient of a cut u if |loc| > 7.25
+    # (`clamped`, as in the authors' code), which reverses the gradient if |u| > |loc| > 7.25
     action_logprob: Literal["clamped", "sampled"] = "clamped"
 
     # Interventions
 
-    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; with relu 10); 0 disables it
+    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; with relu 10); 0: off
     pfo_coef: Coefficient = 0.0
     pfo_layers: Literal["last", "all"] = "last"  # hidden layers that PFO regularises
     pfo_reduction: Literal["mean", "sum"] = "mean"  # mean over units (authors' code) or sum (eq. 2)
@@ -144,7 +144,7 @@ class Outputs(NamedTuple):
 
 class Agent(nn.Module):
     """Actor and critic. A policy (B, 2A) holds loc and raw scale of a Normal per action dimension.
-    An action is the Normal's sample u. The task gets tanh(u), or the clipped u (Gaussian)."""
+    An action is its sample u (see `numpy_actor`). The task gets tanh(u), or u clipped (Gaussian)."""
 
     def __init__(self, envs, args):
         super().__init__()
@@ -246,9 +246,9 @@ def evaluate(agent, obs):
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-    All arguments are (T, E). `next_values` are the values of the true next observations. At the end
-    of an episode this is the value of its last observation, which is ignored if the episode
-    terminated. No advantage flows across `dones`."""
+    Tensors are (T, E). `next_values` holds the value of the observation after each step. At the end
+    of an episode this is its last observation, and the value is ignored if the episode terminated.
+    No advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -271,7 +271,7 @@ def minibatches(batch, minibatch_size):
 
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
-    """Proximal Feature Optimization (equation 2): the mean squared change of (B, K).
+    """Proximal Feature Optimization (equation 2): mean squared change of preactivations (B, K).
     Equation 2 has a "sum" over K, but the paper's coefficients were used with the "mean"."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
@@ -316,8 +316,8 @@ def clipped_gradient(agent, loss, max_grad_norm):
 
 def make_optimizer(agent, args):
     """Returns Adam and its vectors, one per group of the agent. The agent's parameters become views
-    of the vectors. Clipping and updating one tensor instead of many saves an eighth of an eager
-    gradient step and two fifths of a compiled one."""
+    of the vectors. Clipping and updating one tensor instead of many saves two fifths of a
+    compiled gradient step on MuJoCo."""
     vectors = [nn.Parameter(flat_vector(group).detach()) for group in agent.groups]
     for group, vector in zip(agent.groups, vectors):
         for p, part in zip(group, vector.detach().split([p.numel() for p in group])):
@@ -348,7 +348,7 @@ def main():
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = Envs(args, args.num_envs, stream=0)
     torch.manual_seed(2**32 - 1 - args.seed)  # never equal to the agent's seed
-    target = Agent(envs, args).to(device).eval()  # the random network that the capacity loss fits
+    target = Agent(envs, args).to(device).eval()  # the random network that capacity fits imitate
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(device).eval()
     initial_agent = copy.deepcopy(agent)  # run.start may load other weights into `agent`
@@ -593,7 +593,7 @@ def mean_log_slope(loc, scale):
 
 @torch.no_grad()
 def capacity_target(target, frames, index):
-    """The capacity data: frames and index of N states, target's policies (N, P), values (N,)."""
+    """The capacity data: the N states are frames[index]; target's policies (N, P), values (N,)."""
     device = next(target.parameters()).device
     outputs = [target(frames[chunk].to(device))[:2] for chunk in index.split(1024)]
     return frames, index, *(torch.cat(parts) for parts in zip(*outputs))

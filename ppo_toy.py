@@ -3,8 +3,8 @@
     python ppo_toy.py           # section 3.2.1, Figure 5: tables for two states, in seconds
     python ppo_toy.py train     # PPO learns CartPole-v1 (return 500), in half a minute
 
-The next command shows the collapse in three to five minutes: the rank of the features falls,
-neurons die, and then the return falls. With `--pfo-coef 1` (equation 2) the return does not fall.
+The next command takes two to six minutes and shows the collapse after one: the rank of the features
+falls, neurons die, and the return falls. With `--pfo-coef 1` (equation 2) the return does not fall.
 
     python ppo_toy.py train --env-id Acrobot-v1 --activation relu --width 32 --learning-rate 1e-2 \
         --max-grad-norm 10 --update-epochs 80 --total-timesteps 400000 --compile --seed 27
@@ -12,7 +12,7 @@ neurons die, and then the return falls. With `--pfo-coef 1` (equation 2) the ret
 The first half of this file is the paper's example with two states. The second half is a complete
 PPO for discrete actions, written as in a textbook. ppo_mujoco.py and ppo_atari.py are faster, and
 can resume and fork a run. They have the same diagnostics and interventions. You can stop reading at
-the end of `main`. Below are the diagnostics and the code that saves runs.
+the end of `main`. Below are diagnostics, environments, and the code that saves a run.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class ToyArgs:
 def two_states(args, alpha, phi, theta):
     """PPO-Clip with SGD on the states x and y, with one sample per gradient step (Appendix C).
     The features are phi(x) = phi and phi(y) = alpha phi; the logits are theta_i phi(s). The sample
-    is x in even steps and y in odd steps, always with the action a1 and the advantage 1. Returns
+    of each of the T steps is x or y in turn, always with the action a1 and the advantage 1. Returns
     the ratios pi(a1|s) / pi_old(a1|s) of x and y, before each step and after the last (T + 1, 2),
     and a list of T booleans: True if the sample of the step was clipped and gave no gradient."""
     features = torch.tensor([phi, alpha * phi], dtype=torch.float64)
@@ -142,8 +142,7 @@ class Args:
     clip_coef: Positive = 0.2  # epsilon of PPO-Clip
     ent_coef: Coefficient = 0.0  # coefficient of the entropy bonus; 0 disables it
     vf_coef: Coefficient = 0.5  # coefficient of the squared error of the values
-    # clip the gradient of each network to this norm (of both together with --share-trunk)
-    max_grad_norm: Positive = 0.5
+    max_grad_norm: Positive = 0.5  # clip the gradient of each network to this norm
     target_kl: Coefficient = 0.0  # stop an update after an epoch with a larger KL; 0: never
     # at a time limit, end the return or bootstrap it with the value
     time_limit: Literal["terminate", "bootstrap"] = "bootstrap"
@@ -152,7 +151,7 @@ class Args:
 
     # Interventions
 
-    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; with relu 10); 0 disables it
+    # coefficient of PFO, Proximal Feature Optimization (the paper: 1; MuJoCo with relu: 10); 0: off
     pfo_coef: Coefficient = 0.0
     pfo_layers: Literal["last", "all"] = "last"  # hidden layers that PFO regularises
     pfo_reduction: Literal["mean", "sum"] = "mean"  # mean over units (authors' code) or sum (eq. 2)
@@ -241,8 +240,8 @@ class Agent(nn.Module):
         return -(policy.exp() * policy).sum(-1)
 
     def kl(self, policy, other):
-        """(B,) KL(policy || other), in float64. The total of exp(other) - exp(policy) is 0. With
-        it no term of the sum is negative, so that nearly equal policies lose no digits."""
+        """(B,) KL(policy || other), in float64. Adding exp(other) - exp(policy), which
+        sums to 0, makes no term negative, so that nearly equal policies lose no digits."""
         policy = policy.double()
         other = other.double()
         return (policy.exp() * (policy - other) - policy.exp() + other.exp()).sum(-1)
@@ -273,9 +272,9 @@ def evaluate(agent, obs):
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages and returns (T, E) of generalised advantage estimation (Schulman et al. 2015).
-    All arguments are (T, E). `next_values` are the values of the true next observations. At the end
-    of an episode this is the value of its last observation, which is ignored if the episode
-    terminated. No advantage flows across `dones`."""
+    Tensors are (T, E). `next_values` holds the value of the observation after each step. At the end
+    of an episode this is its last observation, and the value is ignored if the episode terminated.
+    No advantage flows across `dones`."""
     deltas = rewards + gamma * (1 - terminations.to(values.dtype)) * next_values - values
     decay = gamma * gae_lambda * (1 - dones.to(values.dtype))
     advantages = torch.empty_like(deltas)
@@ -298,7 +297,7 @@ def minibatches(batch, minibatch_size):
 
 
 def pfo_loss(preactivations, old_preactivations, reduction="mean"):
-    """Proximal Feature Optimization (equation 2): the mean squared change of (B, K).
+    """Proximal Feature Optimization (equation 2): mean squared change of preactivations (B, K).
     Equation 2 has a "sum" over K, but the paper's coefficients were used with the "mean"."""
     value = (preactivations - old_preactivations).square().mean()
     return value if reduction == "mean" else value * preactivations.shape[1]
@@ -353,7 +352,7 @@ def train(args):
     envs = Envs(args, args.num_envs, stream=0)
     capacity_envs = Envs(args, args.capacity_envs, stream=2)
     torch.manual_seed(2**32 - 1 - args.seed)  # never equal to the agent's seed
-    target = Agent(envs, args)  # the random network that the capacity loss fits
+    target = Agent(envs, args)  # the random network that capacity fits imitate
     torch.manual_seed(args.seed)
     agent = Agent(envs, args)
     optimizer = make_optimizer(agent, args)
@@ -564,7 +563,7 @@ def ratio_stats(logratio, clip_coef):
 
 @torch.no_grad()
 def capacity_target(target, frames, index):
-    """The capacity data: frames and index of N states, target's policies (N, P), values (N,)."""
+    """The capacity data: the N states are frames[index]; target's policies (N, P), values (N,)."""
     device = next(target.parameters()).device
     outputs = [target(frames[chunk].to(device))[:2] for chunk in index.split(1024)]
     return frames, index, *(torch.cat(parts) for parts in zip(*outputs))
@@ -719,9 +718,8 @@ class Envs:
         return self.obs.copy()
 
     def step(self, actions):
-        """One step with the `actions` (E,). Returns the next observations (E, D), in which a new
-        episode has begun if one ended; the observations before that; rewards, terminations and
-        truncations (E,)."""
+        """One step with the `actions` (E,). Returns the next observations (E, D), the same before
+        any reset (E, D), and rewards, terminations and truncations (E,)."""
         outcomes, ended = [], []
         for i, action in enumerate(actions.tolist()):
             *outcome, info = self.call(i, "step", action)
