@@ -144,7 +144,7 @@ class Outputs(NamedTuple):
 
 class Agent(nn.Module):
     """Actor and critic. A policy (B, 2A) holds loc and raw scale of a Normal per action dimension.
-    An action is its sample u (see `numpy_actor`). The task gets tanh(u), or u clipped (Gaussian)."""
+    An action is its sample u (see numpy_actor). The task gets tanh(u), or u clipped (Gaussian)."""
 
     def __init__(self, envs, args):
         super().__init__()
