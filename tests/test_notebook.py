@@ -629,7 +629,7 @@ def test_the_notebook_runs_head_to_tail_on_the_kept_histories(tmp_path, monkeypa
     executed = nbformat.from_dict(json.loads(json.dumps(NOTEBOOK)))
     NotebookClient(executed, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 17
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 18
     said = [output for output in outputs if output.output_type == "stream"]
     assert {output.name for output in said} == {"stdout"}  # no warnings
     said = "".join(output.text for output in said)
@@ -656,7 +656,7 @@ def test_the_stored_notebook_is_small_and_holds_its_outputs():
     )
     assert not re.search(r"/(root|home|tmp|work|Users)\b|Traceback|Warning|\bnan \[", said)
     texts = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
-    assert sum("**Look for**" in text for text in texts) == 12
+    assert sum("**Look for**" in text for text in texts) == 13
     assert not any("In the kept runs" in text for text in texts)  # said where they are drawn
     kept_runs = [x for x in outputs if "In the kept runs" in str(x.get("data", ""))]
     assert len(kept_runs) == 7 and texts[-1].count("<details>") == 2  # answers
