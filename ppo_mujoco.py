@@ -1030,7 +1030,7 @@ class Run:
             before = Args(**flags | own)
         except (KeyError, TypeError, ValueError) as error:  # for example a flag that was removed
             fail(f"the flags of {source} do not fit this script: {error}")
-        check(before)
+        check(replace(before, fork_step=0))  # a run may be forked from its end
         args = tyro.cli(Args, default=before)
         then = asdict(before)
         changed = {k: f"{k} {then[k]} is now {x}" for k, x in asdict(args).items() if x != then[k]}

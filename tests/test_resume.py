@@ -461,12 +461,12 @@ def test_another_flag_acts_in_a_fork(finished, tmp_path, more):
 
 @pytest.mark.parametrize("script, batch", [("ppo_mujoco", 40), ("ppo_atari", 120)])
 def test_a_fork_with_another_batch_counts_from_its_own_step(finished, tmp_path, script, batch):
-    """SB3#978, #1150: it makes the steps that are left, and anneals as if it had always been so."""
-    run_dir, parent = tmp_path / "fork", checkpoints(finished(script))[384]
-    more = "--total-timesteps 1500 --num-steps 20 --anneal-lr --capacity-interval 0"
-    fine(fork(run_dir, parent, f"{more} --log-interval 0.001", script))
+    """SB3#978, #1150: of a finished run, too. It anneals as if it had always been so."""
+    run_dir, end = tmp_path / "fork", max(checkpoints(finished(script)))
+    more = "--total-timesteps 1500 --num-steps 20 --anneal-lr --log-interval 0.001"
+    fine(fork(run_dir, finished(script) / "latest.pt", f"{more} --capacity-interval 0", script))
     steps, rates = zip(*read_scalars(run_dir)["charts/learning_rate"])
-    assert list(steps) == list(range(384 + batch, 1501, batch))
+    assert list(steps) == list(range(end + batch, 1501, batch))
     assert max(checkpoints(run_dir)) == steps[-1]
     rate = read_args(run_dir)["learning_rate"]
     assert rates == pytest.approx([rate * (1 - (step - batch) / 1500) for step in steps])
